@@ -1,0 +1,78 @@
+"""Merge Hugging Face models: plan from headers, stream in bounded memory, reproduce bit for bit.
+
+    import hf_merge
+
+    merged = hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=0.5)
+    model = merged.load()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_merge.api import MergedModel, merge, merge_state_dicts, plan
+    from hf_merge.errors import (
+        ComputeError,
+        MergeError,
+        OutputError,
+        OutputExistsError,
+        ParameterError,
+        PlanError,
+        RecipeError,
+        SourceError,
+        UnknownMethodError,
+    )
+    from hf_merge.method import MergeMethod, get_method, list_methods, merge_method
+    from hf_merge.planning import Plan
+    from hf_merge.recipe import Recipe
+
+_HOME = {
+    "api": ("MergedModel", "merge", "merge_state_dicts", "plan"),
+    "errors": (
+        "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
+        "RecipeError", "SourceError", "UnknownMethodError",
+    ),
+    "method": ("MergeMethod", "get_method", "list_methods", "merge_method"),
+    "planning": ("Plan",),
+    "recipe": ("Recipe",),
+}  # fmt: skip
+"""Where each public name lives; nothing is imported before it is used, so that `import hf_merge` is quick."""
+
+__all__ = [
+    "ComputeError",
+    "MergeError",
+    "MergeMethod",
+    "MergedModel",
+    "OutputError",
+    "OutputExistsError",
+    "ParameterError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "SourceError",
+    "UnknownMethodError",
+    "get_method",
+    "list_methods",
+    "merge",
+    "merge_method",
+    "merge_state_dicts",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"hf_merge.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'hf_merge' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

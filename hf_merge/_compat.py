@@ -1,0 +1,47 @@
+"""Every private import from the Hugging Face libraries, each guarded by a test in tests/test_compat.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
+    """Map the names a module's checkpoint has to (live name, live tensor).
+
+    A PreTrainedModel may be saved under other names, or its fused weights in parts; the live name is then that
+    of the tensor, or None where it is part of another. Tied weights appear once.
+    """
+    state = module.state_dict()
+    if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
+        return {name: (name, tensor) for name, tensor in state.items()}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for alias in getattr(module, "all_tied_weights_keys", {}):
+        state.pop(alias, None)
+    live = {id(tensor): name for name, tensor in state.items()}
+    saved: dict[str, Tensor] = revert_weight_conversion(module, state)  # type: ignore[arg-type]
+    return {name: (live.get(id(tensor)), tensor) for name, tensor in saved.items()}
+
+
+def pipeline_tag(architecture: str) -> str | None:
+    """Return the Hub's task of a model class: `text-generation` for LlamaForCausalLM."""
+    from transformers.modelcard import TASK_MAPPING
+
+    for tag, mapping in TASK_MAPPING.items():
+        if architecture in _flat(mapping.values()):
+            return tag
+    return None
+
+
+def _flat(values: Any) -> list[str]:
+    return [name for value in values for name in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def cli_words() -> tuple[Any, Any, Any]:
+    """Return (Argument, Option, out): the annotations and the output channel of huggingface_hub's CLI framework."""
+    from huggingface_hub.cli._framework import Argument, Option
+    from huggingface_hub.cli._output import out
+
+    return Argument, Option, out

@@ -1,0 +1,247 @@
+"""The story in a few lines: Recipe -> Sources -> Plan -> execute -> Writer -> Card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from hf_merge.card import merged_card, public_recipe
+from hf_merge.errors import MergeError, OutputError
+from hf_merge.execute import execute
+from hf_merge.placement import DeviceMap, place
+from hf_merge.planning import MAX_SHARD_SIZE, Plan, make_plan
+from hf_merge.recipe import Recipe
+from hf_merge.sources import Source, open_sources
+from hf_merge.sources.checkpoint import Checkpoint, read_json
+from hf_merge.writer import Writer, partial_folder, refuse_existing
+
+RECIPE_FILE = "hf_merge_recipe.yaml"
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged model on disk.
+
+    Attributes:
+        path: its folder.
+        plan: how it was made.
+    """
+
+    path: Path
+    plan: Plan = field(repr=False)
+
+    @property
+    def card(self) -> ModelCard:
+        """Its model card."""
+        return ModelCard.load(self.path / "README.md")
+
+    def load(self, **kwargs: Any) -> Any:
+        """Load it with `from_pretrained` of its class.
+
+        Args:
+            **kwargs: of `from_pretrained`: dtype, device_map, ...
+
+        Raises:
+            MergeError: it is no transformers model.
+        """
+        import transformers
+
+        if not (self.path / "config.json").is_file():
+            raise MergeError(f"'{self.path}' has no config.json: load its tensors with safetensors.torch.load_file.")
+        names = read_json(self.path / "config.json").get("architectures") or ["AutoModel"]
+        model_class = getattr(transformers, names[0], transformers.AutoModel)
+        return model_class.from_pretrained(self.path, **kwargs)
+
+
+def plan(
+    recipe: Any,
+    *,
+    device_map: DeviceMap = "auto",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **changes: Any,
+) -> Plan:
+    """Say what a merge would do; of weights, only headers are read.
+
+    Args:
+        recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
+        device_map: `auto`, a device, or prefixes of tensor names with devices.
+        max_shard_size: of the output's files, in bytes or as `"5GB"`.
+        token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+        **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, ...) or parameters of the method.
+
+    Returns:
+        The plan. Its `problems` are reported, not raised; `plan.check()` raises.
+
+    Raises:
+        RecipeError: the recipe cannot be meant.
+        SourceError: a model cannot be read.
+    """
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return _prepare(recipe, changes, device_map, max_shard_size, hub)[0]
+
+
+def merge(
+    recipe: Any,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    device_map: DeviceMap = "auto",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    card_template: str | Path | None = None,
+    **changes: Any,
+) -> MergedModel:
+    """Merge models into a folder that `from_pretrained` loads.
+
+        hf_merge.merge("recipe.yaml", "merged")
+        hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=[0.5, 0.3])
+
+    Args:
+        recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
+        output: the folder to make. It appears when it is whole.
+        overwrite: replace the model that is there, once the new one is whole.
+        resume: take over the finished shards of an interrupted run of the same merge.
+        device_map: where tensors are computed: `auto`, a device, or prefixes of tensor names with devices.
+        max_shard_size: of the output's files, in bytes or as `"5GB"`.
+        token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+        card_template: a Jinja template for the model card instead of the built-in one.
+        **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, `seed=`, ...) or parameters of the
+            method; a list for a per-model parameter has one value for each model.
+
+    Raises:
+        RecipeError, SourceError, PlanError: before anything is written.
+        ComputeError, OutputError: nothing appears at `output`.
+    """
+    target = Path(output).expanduser()
+    refuse_existing(target, overwrite=overwrite)
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    made, sources = _prepare(recipe, changes, device_map, max_shard_size, hub)
+    made.check()
+    _refuse_own_input(target, sources)
+    shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True)))
+    writer = Writer(
+        target, made, fingerprint=_fingerprint(made, sources, resume=resume), overwrite=overwrite, resume=resume,
+        metadata={"hf_merge_recipe": shown.to_yaml()},
+    )  # fmt: skip
+    with writer:
+        _run(made, sources, writer)
+        _write_companions(made, sources, writer.folder, name=target.name, card_template=card_template)
+    return MergedModel(target, made)
+
+
+def merge_state_dicts(
+    models: Any, *, method: str, base_model: Mapping[str, Any] | None = None, **parameters: Any
+) -> dict[str, Tensor]:
+    """Merge mappings of names to tensors in memory: a CNN, an RNN, a BEiT-3 checkpoint.
+
+    Args:
+        models: a list of state dicts, or a mapping of labels to state dicts.
+        method: name of the method.
+        base_model: the state dict they were fine-tuned from; its names are those of the result.
+        **parameters: of the method, and fields of the recipe such as `seed=`, `dtype=`, `missing=`.
+
+    Returns:
+        The merged state dict, on the CPU, in the inputs' dtypes if `dtype=` is not given.
+
+    Raises:
+        MergeError: as `merge`.
+    """
+    changes = {"method": method, "base_model": base_model, **parameters}
+    made, sources = _prepare(models, changes, "cpu", MAX_SHARD_SIZE, {})
+    made.check()
+    merged = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in made.specs.items()}
+
+    def write(name: str, start: int, values: Tensor) -> None:
+        merged[name].view(-1)[start : start + values.numel()] = values.view(-1)
+
+    execute(made, sources, write)
+    return merged
+
+
+def _prepare(
+    recipe: Any, changes: Mapping[str, Any], device_map: DeviceMap, max_shard_size: int | str, hub: Mapping[str, Any]
+) -> tuple[Plan, list[Source]]:
+    """Recipe -> Sources -> Plan."""
+    loaded = Recipe.load(recipe, **changes)
+    sources = open_sources(loaded.references, **hub)
+    made = make_plan(loaded, sources, max_shard_size=max_shard_size, workers=torch.get_num_threads())
+    return place(made, device_map), list(sources.values())
+
+
+def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
+    """Execute the plan into the writer, with a progress bar."""
+    bar = tqdm(total=made.bytes_written, unit="B", unit_scale=True, desc="Merging", name="hf_merge.merge")
+    done = [0]
+
+    def write(name: str, start: int, values: Tensor) -> None:
+        writer.write(name, start, values)
+        bar.update(values.numel() * values.element_size())
+        if start + values.numel() == made.specs[name].numel:
+            done[0] += 1
+            bar.set_postfix_str(f"{done[0]}/{len(made.steps)} tensors", refresh=False)
+
+    with bar or nullcontext():
+        bar.update(sum(spec.nbytes for name, spec in made.specs.items() if writer.is_finished(name)))
+        execute(made, sources, write, skip=writer.is_finished)
+
+
+def _write_companions(
+    made: Plan, sources: list[Source], folder: Path, *, name: str, card_template: str | Path | None
+) -> None:
+    """Write what belongs to the model beside its weights: tokenizer, recipe and card, and config.json last."""
+    donor = sources[made.donor]
+    donor.write_companions(folder)
+    config = folder / "config.json"
+    content = read_json(config) if config.is_file() else None
+    config.unlink(missing_ok=True)
+    (folder / RECIPE_FILE).write_text(made.recipe.to_yaml(), encoding="utf-8")
+    files = [path.name for path in folder.iterdir()]
+    merged_card(made, sources, name, files=files, template=card_template).save(folder / "README.md")
+    if content is not None:
+        config.write_text(json.dumps(_with_dtype(content, made), indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: dict[str, Any], made: Plan) -> dict[str, Any]:
+    """Say the true dtype, in nested configs too, under the name that the config uses."""
+    dtype = str(made.dtype).removeprefix("torch.")
+    done = {key: _with_dtype(value, made) if isinstance(value, dict) and "model_type" in value else value
+            for key, value in config.items() if key != "_name_or_path"}  # fmt: skip
+    for key in ("dtype", "torch_dtype"):
+        if key in done:
+            done[key] = dtype
+    return done if "dtype" in done or "torch_dtype" in done else {**done, "dtype": dtype}
+
+
+def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:
+    """Identify plan and inputs, so that nothing else is resumed."""
+    contents = [source.fingerprint() for source in sources]
+    if resume and None in contents:
+        raise OutputError("A merge of models in memory cannot be resumed: save them to folders first.")
+    return hashlib.sha256(json.dumps([made.fingerprint(), contents]).encode()).hexdigest()
+
+
+def _refuse_own_input(target: Path, sources: list[Source]) -> None:
+    """Raise if the output would take the place of an input."""
+    for source in sources:
+        if isinstance(source, Checkpoint) and source.path.resolve().is_relative_to(target.resolve()):
+            raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another folder.")
+
+
+__all__ = ["MergedModel", "merge", "merge_state_dicts", "partial_folder", "plan"]

@@ -1,0 +1,72 @@
+"""What can go wrong, as one tree.
+
+    MergeError
+    ├── RecipeError          the recipe says something that cannot be meant
+    │   ├── ParameterError   a method's parameter is unknown, misspelt or out of range
+    │   └── UnknownMethodError
+    ├── SourceError          a model cannot be read
+    ├── PlanError            the models do not fit together (`.problems` lists all of it)
+    ├── ComputeError         a tensor cannot be merged (a NaN, buffers that differ)
+    └── OutputError          the result cannot be written
+        └── OutputExistsError
+
+Every message says what was wrong, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class MergeError(Exception):
+    """Anything hf_merge refuses to do."""
+
+
+class RecipeError(MergeError, ValueError):
+    """A recipe that cannot be meant."""
+
+
+class ParameterError(RecipeError):
+    """A method's parameter that is unknown, misspelt or out of range."""
+
+
+class UnknownMethodError(RecipeError, KeyError):
+    """A merge method that nobody registered."""
+
+    __str__ = Exception.__str__  # KeyError would print the repr of the message
+
+
+class SourceError(MergeError):
+    """A model that cannot be read."""
+
+
+class PlanError(MergeError):
+    """Models that do not fit together.
+
+    Attributes:
+        problems: every problem found, each with its fix.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Any] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class ComputeError(MergeError):
+    """A tensor that cannot be merged."""
+
+
+class OutputError(MergeError):
+    """A result that cannot be written."""
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """The output folder holds something already."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,203 @@
+"""Plan -> tensors: the only module that computes on weights.
+
+Every step is computed in tiles where its method allows it, in float32 (float64 if a float64 takes part), and is
+rounded once, to the dtype that is written. The bytes do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, local
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_merge.errors import ComputeError, MergeError
+from hf_merge.method import LAMBDA, get_method
+from hf_merge.planning import TILE, Plan, Step, compute_dtype
+from hf_merge.types import Stack
+
+Tensors = Mapping[str, Tensor]
+
+
+class Write(Protocol):
+    """Takes a run of a tensor's elements, in the dtype that is written; called from several threads."""
+
+    def __call__(self, name: str, start: int, values: Tensor) -> None: ...
+
+
+def execute(
+    plan: Plan,
+    sources: Sequence[Tensors],
+    write: Write,
+    *,
+    workers: int | None = None,
+    skip: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Compute every tensor of a plan and hand it to `write`, tile by tile.
+
+    Args:
+        plan: what to compute.
+        sources: the plan's models, in its order.
+        write: where the tiles go.
+        workers: threads; one for each of torch's if not given.
+        skip: names of tensors that are not needed.
+
+    Raises:
+        ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
+    """
+    steps = [step for step in plan.steps if not skip(step.name)]
+    scratch = local()
+    stop = Event()
+
+    def work(step: Step) -> None:
+        if stop.is_set():
+            return
+        for start, values in _pieces(plan, step, sources, scratch):
+            if stop.is_set():
+                return
+            write(step.name, start, values)
+
+    with _single_threaded() as threads, ThreadPoolExecutor(workers or threads, initializer=_use_one_thread) as pool:
+        try:
+            _join([pool.submit(work, step) for step in steps])
+        finally:
+            stop.set()  # an error or Ctrl-C: what is queued ends at once
+
+
+def compute(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
+    """Compute one whole tensor of a plan."""
+    merged = torch.empty(step.spec.shape, dtype=step.spec.dtype, device=step.device)
+    for start, values in _pieces(plan, step, sources, local()):
+        merged.view(-1)[start : start + values.numel()] = values.view(-1)
+    return merged
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The flattened inputs of a step, as tiles: as often as they are asked for."""
+
+    models: Sequence[Tensor]
+    base: Tensor | None
+    labels: Sequence[str]
+    deltas: bool
+    whole: bool
+    step: Step
+    scratch: local
+    check: bool
+
+    def __iter__(self) -> Iterator[Stack]:
+        numel = self.step.spec.numel
+        size = numel if self.whole else TILE
+        for start in range(0, numel, size):
+            yield self._load(start, min(size, numel - start))
+
+    def _load(self, start: int, size: int) -> Stack:
+        """Copy a tile of every input into kept buffers, in the dtype of the arithmetic."""
+        buffers = self._buffers(size)
+        for buffer, tensor, label in zip(buffers, [*self.models, *self._base_list()], self.labels, strict=True):
+            buffer.copy_(tensor[start : start + size])
+            if self.check and not _finite(buffer):
+                raise ComputeError(f"{label} has NaN or Inf in this tensor; set allow_nonfinite: true to let it pass")
+        base = None if self.base is None else buffers[-1]
+        models = buffers if base is None else buffers[:-1]
+        for model in models if self.deltas else ():
+            model.sub_(base)
+        shape = self.step.spec.shape if self.whole else (size,)
+        views = [model.view(shape) for model in models]
+        return Stack(views, start=start, base=None if base is None else base.view(shape))
+
+    def _base_list(self) -> list[Tensor]:
+        return [] if self.base is None else [self.base]
+
+    def _buffers(self, size: int) -> list[Tensor]:
+        """Return this thread's buffers: fresh memory costs more than the arithmetic."""
+        count = len(self.models) + (self.base is not None)
+        dtype = compute_dtype([t.dtype for t in [*self.models, *self._base_list()]] + [self.step.spec.dtype])
+        key = (dtype, self.step.device)
+        kept: dict[object, list[Tensor]] = self.scratch.__dict__.setdefault("buffers", {})
+        if self.whole:
+            return [torch.empty(size, dtype=dtype, device=self.step.device) for _ in range(count)]
+        mine = kept.setdefault(key, [])
+        while len(mine) < count:
+            mine.append(torch.empty(TILE, dtype=dtype, device=self.step.device))
+        return [buffer[:size] for buffer in mine[:count]]
+
+
+def _pieces(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first element, values) for all of a step's tensor; errors name tensor and method."""
+    try:
+        yield from _agreed(plan, step, sources) if step.method is None else _merged(plan, step, sources, scratch)
+    except (ArithmeticError, ValueError, RuntimeError, ComputeError) as error:
+        if isinstance(error, MergeError) and not isinstance(error, ComputeError):
+            raise
+        raise ComputeError(f"'{step.name}' by '{step.method or 'copy'}': {error}.") from error
+
+
+def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
+    """Merge one tensor of floats: reductions first, then tile by tile."""
+    method = get_method(str(step.method))
+    places = [*step.inputs, *([] if step.base is None else [step.base])]
+    flat = [sources[i][step.name].reshape(-1) for i in places]
+    models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
+    inputs = _Inputs(
+        models, base, [str(plan.models[i]) for i in places], method.space == "deltas", not method.elementwise, step,
+        scratch, not plan.recipe.allow_nonfinite,
+    )  # fmt: skip
+    tiles = list(inputs) if method.elementwise is False or step.spec.numel <= TILE else inputs
+    reduced = method.reduce(tiles, step.settings)
+    for tile in tiles:
+        merged = method.run(tile, reduced, step.settings)
+        if method.space == "deltas" and tile.base is not None:
+            merged = torch.add(tile.base, merged, alpha=step.settings[LAMBDA.name])
+        if inputs.check and not _finite(merged):
+            raise ComputeError("the result has NaN or Inf; set allow_nonfinite: true to let it pass")
+        yield tile.start, _rounded(merged, step.spec.dtype)
+
+
+def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the written dtype, on the CPU, in memory that no later tile reuses before it is written."""
+    return merged.detach().to("cpu", dtype).contiguous()
+
+
+def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Iterator[tuple[int, Tensor]]:
+    """Copy a tensor that is not a float, if all models have the same."""
+    first, *others = [sources[i][step.name] for i in step.inputs]
+    for place, other in zip(step.inputs[1:], others, strict=True):
+        if first.dtype != other.dtype or not torch.equal(first, other.to(first.device)):
+            raise ComputeError(
+                f"{plan.models[place]} and {plan.models[step.inputs[0]]} differ, and integers cannot be averaged; "
+                "choose one model's by a rule (merge_method: passthrough, models: [..])"
+            )
+    yield 0, first.to("cpu").reshape(-1).contiguous()
+
+
+def _finite(values: Tensor) -> bool:
+    """Tell whether all values are finite; a finite sum proves it at the price of one read."""
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
+
+
+def _join(futures: Sequence[Future[None]]) -> None:
+    """Wait for all, and raise the first error at once."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        future.result()
+
+
+@contextmanager
+def _single_threaded() -> Iterator[int]:
+    """Let the workers, not torch, use the cores; also makes sums independent of their number."""
+    threads = torch.get_num_threads()
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,323 @@
+"""The grammar of a merge method: one pure function whose signature says everything else.
+
+    @merge_method(paper="https://arxiv.org/abs/2306.01708", elementwise=True)
+    def ties(deltas: Deltas, *, density: PerModel[Fraction] = each(1.0), ...) -> Merged:
+        '''One sentence in the imperative; the formula; Args; Notes.'''
+
+Positional arguments are tensors, keyword-only arguments are parameters:
+
+    models | deltas     first: the space it works in, weights or task vectors
+    base                the base model's weight (`Tensor`: required; `Tensor | None`: optional)
+    name: Annotated[.., Reduced(f)]   a number about the whole tensor, computed by f(tiles, *, ...) beforehand
+    *, parameter        annotation = type and range; `PerModel[..]` = one value for each model; `Seed` = randomness
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from hf_merge.errors import ParameterError, UnknownMethodError, did_you_mean
+from hf_merge.types import Each, Number, PerModelMark, Reduced, SeedMark, Stack
+
+BUILT_IN = "hf_merge.methods"
+ENTRY_POINTS = "hf_merge.methods"
+SUMMARY_LENGTH = 100
+
+_registry: dict[str, MergeMethod] = {}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword-only argument of a method.
+
+    Attributes:
+        name: as recipes spell it.
+        annotation: type and range of one value.
+        default: the value when a recipe says nothing.
+        per_model: whether every model has its own value.
+        help: its line in the docstring.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    per_model: bool
+    help: str
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.annotation)
+
+    def check(self, value: Any, method: str) -> Any:
+        """Return `value` in the parameter's type, or say what is wrong with it."""
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError as error:
+            found = error.errors()[0]["msg"].removeprefix("Input ").removeprefix("should ")
+            raise ParameterError(f"'{self.name}' of '{method}' should {found}; found {value!r}.") from None
+
+    @property
+    def words(self) -> str:
+        """The type and range in words, for tables: `number in [0, 1]`, `l1 | density | none`."""
+        schema = self._adapter.json_schema()
+        if "enum" in schema:
+            return " | ".join(schema["enum"])
+        if {"minimum", "maximum"} <= schema.keys():
+            return f"number in [{schema['minimum']:g}, {schema['maximum']:g}]"
+        if "exclusiveMinimum" in schema:
+            return f"number > {schema['exclusiveMinimum']:g}"
+        kinds = [part.get("type", "any") for part in schema.get("anyOf", [schema])]
+        return " | ".join({"boolean": "true | false", "null": "none"}.get(kind, kind) for kind in kinds)
+
+
+LAMBDA = Parameter(
+    "lambda", Number, 1.0, per_model=False, help="Scale of the merged task vector before it is added to the base."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeMethod:
+    """A registered merge method; call it on tensors, or name it in a recipe.
+
+    Attributes:
+        name: as recipes spell it.
+        fn: the pure function.
+        space: what it merges, `models` (weights) or `deltas` (task vectors).
+        base: whether the base model's weight is `required`, `optional` or `ignored`.
+        count: exactly how many models it merges (base excluded), or None for any number.
+        parameters: its parameters by name.
+        reductions: numbers about the whole tensor that it needs, in order.
+        seeded: name of the parameter that gets the seeds, if the method is random.
+        elementwise: whether each output entry depends on the same entry of the inputs only, so that it
+            may run on tiles.
+        ignored: names that MergeKit's recipes may give and that have no effect.
+        paper: where it comes from.
+        summary, formula, notes: from the docstring.
+    """
+
+    name: str
+    fn: Callable[..., Tensor]
+    space: Literal["models", "deltas"]
+    base: Literal["required", "optional", "ignored"]
+    count: int | None
+    parameters: Mapping[str, Parameter]
+    reductions: Mapping[str, Callable[..., Any]]
+    seeded: str | None
+    elementwise: bool
+    ignored: tuple[str, ...]
+    paper: str
+    summary: str
+    formula: str
+    notes: str
+
+    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None, **parameters: Any) -> Tensor:
+        """Merge whole tensors: weights or, for a method on task vectors, task vectors.
+
+        Args:
+            models: one tensor of the same shape for each model.
+            base: the base model's tensor, for methods on weights that use one.
+            parameters: as in a recipe; a scalar holds for every model.
+        """
+        settings = self.settings(len(models), parameters)
+        flat = Stack([m.flatten() for m in models], base=None if base is None else base.flatten())
+        stack = flat if self.elementwise else Stack(models, base=base)
+        merged = self.run(stack, self.reduce([_stand_in(stack)], settings), settings)
+        return merged.reshape(models[0].shape)
+
+    def settings(self, count: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Check parameters and complete them with defaults: a list of `count` values where they are per model."""
+        for name in given:
+            self.parameter(name)
+        done: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            value = given.get(name, parameter.default)
+            if not parameter.per_model:
+                done[name] = parameter.check(value, self.name)
+                continue
+            values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+            if len(values) != count:
+                raise ParameterError(f"'{name}' of '{self.name}' has {len(values)} values for {count} models.")
+            done[name] = [parameter.check(v, self.name) for v in values]
+        if self.seeded:
+            done[self.seeded] = _seeds(given.get(self.seeded, 0), count)
+        return done
+
+    def parameter(self, name: str) -> Parameter | None:
+        """Look a parameter up; None for one that MergeKit knows and that has no effect here."""
+        if name in self.parameters or name in self.ignored or name == self.seeded:
+            return self.parameters.get(name)
+        known = ", ".join(self.parameters) or "none"
+        raise ParameterError(
+            f"'{self.name}' has no parameter '{name}' (it has: {known}).{did_you_mean(name, self.parameters)}"
+        )
+
+    def reduce(self, tiles: Iterable[Stack], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute the method's reductions over all tiles of one tensor."""
+        found: dict[str, Any] = {}
+        for name, by in self.reductions.items():
+            known = {**settings, **found}
+            found[name] = by(tiles, **{key: known[key] for key in _keywords(by)})
+        return found
+
+    def run(self, stack: Stack, reduced: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor:
+        """Apply the function to a tensor or a tile of it."""
+        base = () if self.base == "ignored" or self.space == "deltas" else (stack.base,)
+        arguments = {k: v for k, v in settings.items() if k != LAMBDA.name}
+        return self.fn(stack, *base, *reduced.values(), **arguments)
+
+
+def merge_method(
+    *,
+    paper: str,
+    elementwise: bool = False,
+    models: int | None = None,
+    ignored: Sequence[str] = (),
+    name: str | None = None,
+) -> Callable[[Callable[..., Tensor]], MergeMethod]:
+    """Register a merge method; everything but these words is read from the function.
+
+    Args:
+        paper: address of the paper or project that describes it.
+        elementwise: each output entry depends on the same entry of the inputs (and on reductions) only.
+        models: exactly how many models it merges, base excluded; any number if not given.
+        ignored: parameters that MergeKit's recipes may give it and that have no effect.
+        name: if not the function's.
+
+    Raises:
+        TypeError: the function does not follow the grammar of `hf_merge.method`.
+    """
+
+    def register(fn: Callable[..., Tensor]) -> MergeMethod:
+        method = _read_signature(
+            fn, paper=paper, elementwise=elementwise, count=models, ignored=tuple(ignored), name=name or fn.__name__
+        )
+        _registry[method.name] = method
+        return method
+
+    return register
+
+
+def get_method(name: str) -> MergeMethod:
+    """Return the method of that name.
+
+    Raises:
+        UnknownMethodError: with the nearest name.
+    """
+    _load_methods()
+    if name not in _registry:
+        raise UnknownMethodError(
+            f"There is no merge method '{name}'.{did_you_mean(name, _registry)} Known: {', '.join(sorted(_registry))}."
+        )
+    return _registry[name]
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Return the names of the methods that match a shell pattern, sorted: `list_methods("*ties*")`."""
+    _load_methods()
+    return sorted(fnmatch.filter(_registry, pattern))
+
+
+@cache
+def _load_methods() -> None:
+    """Import the methods of this package, then those of installed plug-ins."""
+    importlib.import_module(BUILT_IN)
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        entry.load()
+
+
+def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> MergeMethod:
+    hints = get_type_hints(fn, include_extras=True)
+    doc = _read_docstring(fn)
+    arguments = list(inspect.signature(fn).parameters.values())
+    positional = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY]
+    space, *others = positional or [""]
+    if space not in ("models", "deltas"):
+        raise TypeError(f"The first argument of '{name}' must be called models or deltas, not '{space}'.")
+    reductions = {other: mark.by for other in others if (mark := _mark(hints[other], Reduced))}
+    if unknown := [other for other in others if other != "base" and other not in reductions]:
+        raise TypeError(f"'{name}' takes tensors it does not explain: {', '.join(unknown)}.")
+    keywords = [a for a in arguments if a.kind is a.KEYWORD_ONLY]
+    seeded = next((a.name for a in keywords if _mark(hints[a.name], SeedMark)), None)
+    parameters = {a.name: _parameter(a, hints[a.name], doc) for a in keywords if a.name != seeded}
+    optional = NoneType in get_args(hints.get("base"))
+    needed = "optional" if optional else "required" if space == "deltas" or "base" in others else "ignored"
+    return MergeMethod(
+        name=name,
+        fn=fn,
+        space=space,
+        base=needed,
+        parameters={**parameters, **({LAMBDA.name: LAMBDA} if space == "deltas" else {})},
+        reductions=reductions,
+        seeded=seeded,
+        summary=doc["summary"],
+        formula=doc["formula"],
+        notes=doc["notes"],
+        **words,
+    )
+
+
+def _parameter(argument: inspect.Parameter, hint: Any, doc: Mapping[str, Any]) -> Parameter:
+    if argument.default is argument.empty:
+        raise TypeError(f"Parameter '{argument.name}' needs a default.")
+    per_model = _mark(hint, PerModelMark) is not None
+    annotation = get_args(get_args(hint)[0])[0] if per_model else hint
+    default = argument.default.value if isinstance(argument.default, Each) else argument.default
+    return Parameter(argument.name, annotation, default, per_model, doc["args"].get(argument.name, ""))
+
+
+def _mark(hint: Any, kind: type) -> Any:
+    """Return the mark of that kind in an `Annotated` hint, if it has one."""
+    marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((mark for mark in marks if isinstance(mark, kind)), None)
+
+
+def _read_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
+    """Split a Google-style docstring into summary, formula, args and notes."""
+    parts: dict[str, list[str]] = {"": [], "Args": [], "Notes": []}
+    section = ""
+    for line in inspect.cleandoc(fn.__doc__ or "").splitlines():
+        if line.rstrip(":") in parts and line.endswith(":"):
+            section = line.rstrip(":")
+        else:
+            parts[section].append(line)
+    summary, _, formula = "\n".join(parts[""]).partition("\n\n")
+    args: dict[str, str] = {}
+    for line in inspect.cleandoc("\n".join(["", *parts["Args"]])).splitlines():
+        key, colon, text = line.partition(": ")
+        if colon and not line.startswith(" "):
+            args[key] = text
+        elif args and line.strip():
+            args[next(reversed(args))] += " " + line.strip()
+    notes = " ".join("\n".join(parts["Notes"]).split())
+    return {"summary": summary, "formula": inspect.cleandoc("\n" + formula).strip("\n"), "args": args, "notes": notes}
+
+
+@cache
+def _keywords(by: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a reduction's keyword-only arguments."""
+    return tuple(a.name for a in inspect.signature(by).parameters.values() if a.kind is a.KEYWORD_ONLY)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed for each model; a single one is spread so that no two models share a mask."""
+    return [seed + (i << 32) for i in range(count)] if isinstance(seed, int) else list(seed)
+
+
+def _stand_in(stack: Stack) -> Stack:
+    """On the meta device there are no values to reduce: measure a single zero instead."""
+    if stack[0].device.type != "meta":
+        return stack
+    zero = torch.zeros(1)
+    return Stack([zero] * len(stack), base=None if stack.base is None else zero)

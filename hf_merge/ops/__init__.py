@@ -1,0 +1,1 @@
+"""Pure tensor verbs that merge methods are made of."""

@@ -1,0 +1,196 @@
+"""Keep some entries of a task vector, drop the rest, and rescale what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_merge.ops.random import bernoulli
+from hf_merge.types import Stack, Tiles
+
+_DIGIT = 16  # bits of a magnitude that one histogram sorts out
+_FEW = 1 << 16  # up to here kthvalue is quicker than two histograms
+_L1_FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a tensor is cut: kept are magnitudes above `bits`, and equal ones up to index `last`.
+
+    Attributes:
+        bits: a magnitude as the integer of its bit pattern, which has the order of the magnitudes.
+        last: index of the last entry kept among those of exactly this magnitude.
+    """
+
+    bits: int
+    last: int
+
+
+KEEP_ALL = Threshold(bits=-1, last=-1)
+KEEP_NONE = Threshold(bits=(1 << 63) - 1, last=-1)
+_TO_THE_END = (1 << 63) - 1
+
+
+def magnitude_bits(tensor: Tensor) -> Tensor:
+    """Return |tensor| as integers of the same order (int32 for float32, int64 for float64)."""
+    return tensor.abs().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
+
+
+def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Threshold]:
+    """Find, for every model, the cut that keeps exactly max(1, int(density * N)) largest magnitudes.
+
+    Selection is exact and sorts nothing: histograms of 16 bits of the magnitude at a time find the k-th
+    largest. Entries of equal magnitude are kept in the order of their index.
+
+    Args:
+        tiles: one tensor of every model, float32 or float64.
+        density: fraction to keep, one for each model; >= 1 keeps all, <= 0 none.
+    """
+    size = sum(tile[0].numel() for tile in tiles) if any(0 < d < 1 for d in density) else 0
+    ranks = {i: max(1, int(d * size)) for i, d in enumerate(density) if 0 < d < 1 and size}
+    found = _kth_largest(tiles, ranks, size)
+    return [found[i] if i in found else KEEP_ALL if d > 0 else KEEP_NONE for i, d in enumerate(density)]
+
+
+def keep_largest(delta: Tensor, threshold: Threshold, start: int = 0) -> Tensor:
+    """Zero the entries of a task vector's tile (first index `start`) that its threshold cuts."""
+    if threshold == KEEP_ALL:
+        return delta
+    if threshold == KEEP_NONE:
+        return torch.zeros_like(delta)
+    bits = magnitude_bits(delta)
+    kept = bits > threshold.bits if threshold.last < start else bits >= threshold.bits
+    if start <= threshold.last < start + delta.numel():
+        beyond = slice(threshold.last + 1 - start, None)
+        kept.view(-1)[beyond] = bits.view(-1)[beyond] > threshold.bits
+    return torch.where(kept, delta, 0)
+
+
+def keep_random(delta: Tensor, density: float, seed: int, start: int = 0) -> Tensor:
+    """Keep each entry of a task vector's tile with probability `density`."""
+    if density >= 1:
+        return delta
+    return torch.where(bernoulli(seed, density, delta, start), delta, 0)
+
+
+def rescale_factors(
+    tiles: Tiles, sparsify: Callable[[Stack, int], Tensor], *, rescale: str, density: Sequence[float]
+) -> list[float]:
+    """Say by what to multiply each model's kept entries.
+
+    `l1` matches the L1 norm of the tensor before (MergeKit); `density` divides by the density (DARE's
+    paper, PEFT); `none` leaves them.
+
+    Args:
+        tiles: one tensor of every model.
+        sparsify: gives the kept entries of model i in a tile.
+        rescale: l1, density or none.
+        density: one for each model.
+    """
+    if rescale == "density":
+        return [1 / d if 0 < d < 1 else 1.0 for d in density]
+    models = [i for i, d in enumerate(density) if 0 < d < 1] if rescale == "l1" else []
+    before, after = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
+    for tile in tiles if models else ():
+        for i in models:
+            before[i] += float(tile[i].abs().sum(dtype=torch.float64))
+            after[i] += float(sparsify(tile, i).abs().sum(dtype=torch.float64))
+    near_zero = {i for i in models if min(before[i], after[i]) < _L1_FLOOR}
+    return [before[i] / after[i] if i in before and i not in near_zero else 1.0 for i in range(len(density))]
+
+
+def magnitude_factors(tiles: Tiles, *, cut: Sequence[Threshold], rescale: str, density: Sequence[float]) -> list[float]:
+    """Rescale factors of task vectors trimmed by magnitude."""
+    return rescale_factors(
+        tiles, lambda tile, i: keep_largest(tile[i], cut[i], tile.start), rescale=rescale, density=density
+    )
+
+
+def random_factors(tiles: Tiles, *, rescale: str, density: Sequence[float], seed: Sequence[int]) -> list[float]:
+    """Rescale factors of task vectors whose entries are dropped at random."""
+    return rescale_factors(
+        tiles, lambda tile, i: keep_random(tile[i], density[i], seed[i], tile.start), rescale=rescale, density=density
+    )
+
+
+def trim(deltas: Stack, cut: Sequence[Threshold], factors: Sequence[float]) -> list[Tensor]:
+    """Keep the largest entries of every task vector and rescale them."""
+    return [_scaled(keep_largest(d, c, deltas.start), f) for d, c, f in zip(deltas, cut, factors, strict=True)]
+
+
+def drop(deltas: Stack, density: Sequence[float], seed: Sequence[int], factors: Sequence[float]) -> list[Tensor]:
+    """Drop entries of every task vector at random and rescale the rest."""
+    drawn = zip(deltas, density, seed, factors, strict=True)
+    return [_scaled(keep_random(d, p, s, deltas.start), f) for d, p, s, f in drawn]
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
+
+
+def _kth_largest(tiles: Tiles, ranks: dict[int, int], size: int) -> dict[int, Threshold]:
+    """Select for each model i the ranks[i]-th largest magnitude out of `size`."""
+    if not ranks:
+        return {}
+    prefix, wanted = dict.fromkeys(ranks, 0), dict(ranks)
+    if size <= _FEW:
+        whole = {i: torch.cat([magnitude_bits(tile[i]).flatten() for tile in tiles]) for i in ranks}
+        for i, bits in whole.items():
+            prefix[i] = int(bits.kthvalue(size - ranks[i] + 1).values)
+            wanted[i] = ranks[i] - int((bits > prefix[i]).sum())
+        equal = {i: int((bits == prefix[i]).sum()) for i, bits in whole.items()}
+    else:
+        equal = _radix_select(tiles, prefix, wanted)
+    last = dict.fromkeys(ranks, _TO_THE_END)
+    split = {i: wanted[i] for i in ranks if wanted[i] < equal[i]}
+    last |= _index_of_equal(tiles, prefix, split)
+    return {i: Threshold(prefix[i], last[i]) for i in ranks}
+
+
+def _radix_select(tiles: Tiles, prefix: dict[int, int], wanted: dict[int, int]) -> dict[int, int]:
+    """Refine `prefix` (leading bits of the wanted magnitude) digit by digit; return how many entries equal it.
+
+    On return `wanted[i]` is how many of the entries equal to prefix[i] are still to be kept.
+    """
+    width = next(iter(tiles))[0].dtype.itemsize * 8 - 1
+    counts: dict[int, Tensor] = {}
+    for shift in reversed(range(0, width, _DIGIT)):
+        bins = 1 << min(_DIGIT, width - shift)
+        counts = {i: torch.zeros(bins, dtype=torch.int64) for i in prefix}
+        for tile in tiles:
+            for i in prefix:
+                counts[i] += _digit_counts(magnitude_bits(tile[i]), prefix[i], shift, bins, width)
+        for i, count in counts.items():
+            digit, above = _bin_of_rank(count, wanted[i])
+            prefix[i], wanted[i] = prefix[i] * bins + digit, wanted[i] - above
+    return {i: int(count[prefix[i] % len(count)]) for i, count in counts.items()}
+
+
+def _digit_counts(bits: Tensor, prefix: int, shift: int, bins: int, width: int) -> Tensor:
+    """Count the digits at `shift` of the magnitudes that begin with `prefix`."""
+    digits = bits.flatten() >> shift
+    if bins << shift < 1 << width:
+        digits = digits[digits.bitwise_right_shift(bins.bit_length() - 1) == prefix].bitwise_and_(bins - 1)
+    return torch.bincount(digits, minlength=bins).cpu()
+
+
+def _bin_of_rank(count: Tensor, rank: int) -> tuple[int, int]:
+    """Return the bin that holds the rank-th largest entry, and how many entries lie in the bins above."""
+    reached = count.flip(0).cumsum(0)
+    place = int(torch.searchsorted(reached, rank))
+    return len(count) - 1 - place, int(reached[place] - count[len(count) - 1 - place])
+
+
+def _index_of_equal(tiles: Tiles, prefix: dict[int, int], split: dict[int, int]) -> dict[int, int]:
+    """Return for each model in `split` the index of the split[i]-th entry whose magnitude equals prefix[i]."""
+    seen, last = dict.fromkeys(split, 0), {}
+    for tile in tiles if split else ():
+        for i in split.keys() - last.keys():
+            places = (magnitude_bits(tile[i]).flatten() == prefix[i]).nonzero().flatten()
+            if seen[i] + len(places) >= split[i]:
+                last[i] = tile.start + int(places[split[i] - seen[i] - 1])
+            seen[i] += len(places)
+    return last

@@ -1,0 +1,230 @@
+"""Checkpoints on disk and on the Hub as sources: safetensors or PyTorch files, one or many."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_merge.errors import SourceError
+from hf_merge.sources.base import Source
+from hf_merge.types import TensorSpec
+
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+_WEIGHTS = {".safetensors", *PICKLES, ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz"}
+_NOT_COMPANIONS = {"README.md", "hf_merge_recipe.yaml", "mergekit_config.yml", "trainer_state.json"}
+_OTHER_FORMATS = {"onnx", "openvino", "coreml"}
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+
+
+class _File(Protocol):
+    """One file of weights."""
+
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class _Safetensors:
+    """A safetensors file, mapped; its header was checked by safetensors when it was opened."""
+
+    def __init__(self, path: Path):
+        try:
+            self._open = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"'{path}' is not a whole safetensors file ({error}): download or write it again.") from None
+
+    def names(self) -> list[str]:
+        return list(self._open.offset_keys())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._open.get_tensor(name)
+
+
+class _Pickle:
+    """A PyTorch file, mapped where its format allows; only tensors are read from it, never code."""
+
+    def __init__(self, path: Path):
+        self._tensors = {name: t for name, t in _unwrapped(_load_pickle(path)).items() if isinstance(t, Tensor)}
+        if not self._tensors:
+            raise SourceError(f"'{path}' holds no tensors by name: save a model's state_dict().")
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+class Checkpoint(Source):
+    """A folder in the layout of `save_pretrained`, or one file of weights.
+
+    Args:
+        path: the folder or file.
+        label: how messages call it.
+        public_id: its id on the Hub, if it comes from there.
+        revision: the commit, if it comes from there.
+    """
+
+    def __init__(self, path: Path, label: str, *, public_id: str | None = None, revision: str | None = None):
+        self.label, self.public_id, self.revision = label, public_id, revision
+        self.path = path
+        self._paths = [path] if path.is_file() else find_weights(path, label)
+        self._files = [open_weights(file) for file in self._paths]
+        self._file_of = {name: file for file in self._files for name in file.names()}
+        self.specs = {}
+        for name, file in self._file_of.items():
+            mapped = file.tensor(name)
+            self.specs[name] = TensorSpec(tuple(mapped.shape), mapped.dtype)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file_of[name].tensor(name)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return read_json(self.path / "config.json") if (self.path / "config.json").is_file() else {}
+
+    def fingerprint(self) -> str:
+        """Sizes and times of the files, or the commit."""
+        if self.revision:
+            return f"{self.public_id}@{self.revision}"
+        stats = [(path.name, path.stat()) for path in self._paths]
+        return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+
+    def write_companions(self, folder: Path) -> None:
+        for file in companions(self.path) if self.path.is_dir() else ():
+            target = folder / file.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def open_weights(path: Path) -> _File:
+    """Open one file of weights by its kind.
+
+    Raises:
+        SourceError: not whole, not readable, or a pickle that would run code.
+    """
+    if path.suffix in PICKLES:
+        return _Pickle(path)
+    if path.suffix == ".safetensors":
+        return _Safetensors(path)
+    raise SourceError(f"'{path}' is no file of weights: hf_merge reads .safetensors, {', '.join(PICKLES)}.")
+
+
+def find_weights(folder: Path, label: str) -> list[Path]:
+    """List the files of weights of a folder in order: safetensors before pickles, a single file before shards.
+
+    Raises:
+        SourceError: there are none, or one that the index names is missing.
+    """
+    for single in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = folder / single
+        if path.is_file():
+            return _indexed(path) if path.suffix == ".json" else [path]
+    if (folder / "adapter_config.json").is_file():
+        raise SourceError(f"'{label}' is a PEFT adapter: merge it into its base first, then name the result.")
+    for suffixes in ((".safetensors",), PICKLES):
+        found = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.name not in _TRAINING_STATE)
+        if found:
+            return _alone_or_shards(found, label)
+    raise SourceError(f"'{label}' holds no weights: there is no .safetensors, .bin or .pth file in '{folder}'.")
+
+
+_TRAINING_STATE = {"optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin", "training_args.bin", "rng_state.pth"}
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the shards an index names, each once, in its order of names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"'{index}' has no 'weight_map': it is not an index of shards.")
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if any(path.parent != index.parent for path in paths):
+        raise SourceError(f"'{index}' names shards outside of its folder.")
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise SourceError(f"'{index.parent}' lacks {', '.join(missing)}, which its index names: download them again.")
+    return paths
+
+
+def _alone_or_shards(found: list[Path], label: str) -> list[Path]:
+    """Accept a single file, or shards numbered 1 to N of N."""
+    numbers = [_SHARD.search(path.stem) for path in found]
+    if len(found) == 1 and numbers[0] is None:
+        return found
+    of = {int(number[2]) for number in numbers if number}
+    if None not in numbers and len(of) == 1 and len(found) == next(iter(of)):
+        return found
+    names = ", ".join(path.name for path in found)
+    raise SourceError(f"'{label}' holds {names} and no index that says which belong together: name one file, or add it.")
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model that are neither its weights nor its card.
+
+    Weights of further modules (sentence-transformers' Dense layers) belong to them: modules.json names their folders.
+    """
+    listing = folder / "modules.json"
+    modules = {m.get("path") for m in read_json(listing)} - {""} if listing.is_file() else set()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part in _OTHER_FORMATS or part.startswith("checkpoint-") for part in parts)
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        mine = "/".join(parts[:-1]) in modules
+        if path.is_file() and not hidden and path.name not in _NOT_COMPANIONS and (mine or not weights):
+            yield path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        SourceError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"'{path}' is not JSON: {error}.") from None
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise SourceError(
+            f"'{path}' is a pickle that would run code, so it was not loaded: ask its author for safetensors."
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        if "mmap" in str(error):
+            return _load_legacy(path)
+        raise SourceError(f"'{path}' is not a whole PyTorch file ({error}).") from None
+    except (OSError, EOFError) as error:
+        raise SourceError(f"'{path}' cannot be read ({error}).") from None
+
+
+def _load_legacy(path: Path) -> Any:
+    """Load a file of PyTorch before 1.6, which cannot be mapped."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SourceError(f"'{path}' is not a PyTorch file that can be loaded without running code ({error}).") from None
+
+
+def _unwrapped(content: Any) -> Mapping[str, Any]:
+    """Find the state dict in what was saved: itself, or under one of the usual keys."""
+    while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            return {}
+        content = inner
+    return content if isinstance(content, Mapping) else {}

@@ -1,0 +1,151 @@
+"""The words of signatures: what a merge method may take and give, and what a source says of a tensor."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
+
+import torch
+from annotated_types import Ge, Gt, Le
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Stack(tuple[Tensor, ...]):
+    """The same elements of every model, one tensor each.
+
+    A whole tensor (`start` 0) or a tile of it: a run of its elements in row-major order.
+
+    Attributes:
+        start: index of the first element in its tensor.
+        base: the base model's weight for these elements, if the recipe has a base.
+    """
+
+    start: int
+    base: Tensor | None
+
+    def __new__(cls, tensors: Iterable[Tensor], *, start: int = 0, base: Tensor | None = None) -> Stack:
+        stack = super().__new__(cls, tensors)
+        stack.start, stack.base = start, base
+        return stack
+
+
+Models: TypeAlias = Stack
+"""The weights of every model, base excluded where the method has a `base` argument."""
+Deltas: TypeAlias = Stack
+"""Task vectors: every model's weight minus the base model's."""
+Merged: TypeAlias = Tensor
+"""The merged weight, or the merged task vector."""
+
+
+class Tiles(Protocol):
+    """All tiles of one tensor, in order; may be iterated as often as a reduction needs."""
+
+    def __iter__(self) -> Iterator[Stack]: ...
+
+
+class PerModelMark:
+    """Marks a parameter that has one value for each model."""
+
+
+class SeedMark:
+    """Marks the parameter through which a random method gets one 64-bit seed for each model."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Marks an argument that is computed over the whole tensor before the method runs on its tiles.
+
+    `by(tiles, *, ...)` gets the tiles and, by name, the method's parameters and its earlier reductions.
+    """
+
+    by: Any
+
+
+@dataclass(frozen=True)
+class Each:
+    """A default that holds for each model."""
+
+    value: Any
+
+
+def each(value: Any) -> Any:
+    """Give every model the same default: `density: PerModel[Fraction] = each(1.0)`."""
+    return Each(value)
+
+
+Number = Annotated[float, AllowInfNan(False)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Positive = Annotated[float, AllowInfNan(False), Gt(0)]
+PerModel = Annotated[Sequence[T], PerModelMark()]
+Seed = Annotated[Sequence[int], SeedMark()]
+
+_RESCALE_WORDS = {True: "l1", False: "none", None: "none"}
+Rescale = Annotated[
+    Literal["l1", "density", "none"],
+    BeforeValidator(lambda value: _RESCALE_WORDS[value] if value in (True, False, None) else value),
+]
+"""How the kept entries make up for the dropped ones; `true` and `false` are MergeKit's words for l1 and none."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor, known from a header."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class SourceLike(Protocol):
+    """What a plan may know of a source: everything but the values."""
+
+    label: str
+    specs: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A model handed over as an object: a module, or a mapping of names to tensors."""
+
+    value: Any
+    label: str
+
+    def __str__(self) -> str:
+        return f"<{self.label}>"
+
+
+class ModelRef(BaseModel):
+    """A model on the Hub (`org/name`, `org/name@revision`) or in a local folder or file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+    @classmethod
+    def parse(cls, text: str) -> ModelRef:
+        """Read `path` or `path@revision`; what exists on disk is a path, whatever it contains."""
+        if os.path.exists(text):
+            return cls(path=text)
+        path, at, revision = text.partition("@")
+        if "+" in text:
+            raise ValueError(f"'{text}' names an adapter: merge it into its base with PEFT first, then name the result")
+        if not path or (at and not revision):
+            raise ValueError(f"'{text}' is not a model: write a folder, 'org/name' or 'org/name@revision'")
+        return cls(path=path, revision=revision or None)

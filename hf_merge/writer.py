@@ -1,0 +1,260 @@
+"""Tensors -> safetensors files that are laid out before the first byte, in a folder that appears when it is whole.
+
+Everything is written into a hidden sibling of the output. A shard gets its name when its last byte is there, the
+folder gets its own when its last file is there; config.json is the last of them, so that no half model loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+from huggingface_hub.utils import logging
+from torch import Tensor, uint8
+
+from hf_merge.errors import OutputError, OutputExistsError
+from hf_merge.planning import Plan
+from hf_merge.types import TensorSpec
+
+logger = logging.get_logger(__name__)
+
+INDEX = "model.safetensors.index.json"
+_UNFINISHED = ".unfinished"
+_STATE = ".merge.json"
+_LOCK = ".lock"
+_MODEL_FILES = ("config.json", "model.safetensors", INDEX)
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
+}  # fmt: skip
+
+
+def partial_folder(output: Path) -> Path:
+    """The hidden sibling where an output is written until it is whole."""
+    return output.with_name(f".{output.name}.hf_merge")
+
+
+class Writer:
+    """Writes the tensors of a plan to the places their files have for them.
+
+    Use as a context manager; leaving it without an error makes the output appear, leaving it with one makes the
+    output not appear, and keeps finished shards for `resume`.
+
+    Args:
+        output: the folder to make.
+        plan: what will be written.
+        fingerprint: identifies plan and inputs; resuming needs the same.
+        metadata: of every safetensors file.
+        overwrite: replace what is there, once the new folder is whole.
+        resume: take over the finished shards of an interrupted run.
+
+    Raises:
+        OutputExistsError: the output exists and is not empty.
+        OutputError: it cannot be written, or there is nothing of the same merge to resume.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        plan: Plan,
+        *,
+        fingerprint: str,
+        metadata: Mapping[str, str],
+        overwrite: bool = False,
+        resume: bool = False,
+    ):
+        self.output, self.plan, self.overwrite = output, plan, overwrite
+        self.folder = partial_folder(output)
+        refuse_existing(output, overwrite=overwrite)
+        self._lock = FileLock(self.folder / _LOCK, blocking=False)
+        try:
+            self._claim(fingerprint, resume=resume)
+        except OSError as error:
+            raise OutputError(f"'{output}' cannot be written: {error.strerror or error}.") from error
+        self.shards = {name: _Shard(self.folder / name, tensors, plan.specs, metadata)
+                       for name, tensors in plan.shards.items() if name not in self.finished}  # fmt: skip
+        self._shard_of = {name: shard for shard in self.shards.values() for name in shard.places}
+
+    def _claim(self, fingerprint: str, *, resume: bool) -> None:
+        """Make the partial folder ours: take over a finished part, or begin afresh."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise OutputError(f"Another process is writing '{self.output}': wait for it, or choose another folder.") from None
+        state = self.folder / _STATE
+        found = json.loads(state.read_text())["fingerprint"] if state.is_file() else None
+        if resume and found not in (None, fingerprint):
+            self._lock.release()
+            raise OutputError(
+                f"'{self.output}' was begun with another recipe, other inputs or another shard size: "
+                "repeat that call to resume it, or leave resume out to begin again."
+            )
+        _empty(self.folder, keep={_LOCK} | (set(self.plan.shards) if resume else set()))
+        state.write_text(json.dumps({"fingerprint": fingerprint}))
+        self.finished = {name for name in self.plan.shards if (self.folder / name).is_file()}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def is_finished(self, tensor: str) -> bool:
+        """Tell whether a tensor stands in a shard that an earlier run finished."""
+        return tensor not in self._shard_of
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write elements of a tensor, beginning with the one of index `start`. Safe to call from many threads."""
+        try:
+            self._shard_of[name].write(name, start, values)
+        except OSError as error:
+            raise OutputError(f"'{self.output}' cannot be written: {error.strerror or error}.") from error
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for shard in self.shards.values():
+            shard.close()
+        if kind is None:
+            self._publish()
+        else:
+            self._give_up()
+
+    def _publish(self) -> None:
+        """Let the output appear, all at once."""
+        if len(self.plan.shards) > 1:
+            self._write_index()
+        (self.folder / _STATE).unlink()
+        self._lock.release()
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        if self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()
+        if not self.output.exists():
+            self.folder.rename(self.output)
+        else:
+            refuse_existing(self.output, overwrite=self.overwrite)
+            self._replace_old()
+
+    def _replace_old(self) -> None:
+        """Put the old output aside, and back if the new one cannot take its place."""
+        aside = self.output.with_name(f".{self.output.name}.replaced")
+        self.output.rename(aside)
+        try:
+            self.folder.rename(self.output)
+        except OSError:
+            aside.rename(self.output)
+            raise
+        shutil.rmtree(aside)
+
+    def _give_up(self) -> None:
+        finished = [name for name in self.plan.shards if (self.folder / name).is_file()]
+        self._lock.release()
+        if not finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        _empty(self.folder, keep={*finished, _STATE})
+        logger.warning(
+            "%d of %d shards are finished and kept in '%s': repeat the call with resume=True, or delete that folder.",
+            len(finished), len(self.plan.shards), self.folder,
+        )  # fmt: skip
+
+    def _write_index(self) -> None:
+        weight_map = {name: file for file, names in self.plan.shards.items() for name in names}
+        metadata = {
+            "total_parameters": sum(spec.numel for spec in self.plan.specs.values()),
+            "total_size": self.plan.bytes_written,
+        }
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _Shard:
+    """One safetensors file: header first, then every tensor at its place."""
+
+    def __init__(self, path: Path, names: tuple[str, ...], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]):
+        self.path = path
+        self._unfinished = path.with_name(path.name + _UNFINISHED)
+        self.places: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+        end = 0
+        for name in names:
+            self.places[name], begin, end = end, end, end + specs[name].nbytes
+            dtype = _DTYPES[str(specs[name].dtype).removeprefix("torch.")]
+            header[name] = {"dtype": dtype, "shape": list(specs[name].shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._missing, self._size = end, end
+        self._file: int | None = None
+        self._guard = Lock()
+        if not end:
+            self._open()
+            self._finish()
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        if not values.numel():
+            return
+        data = memoryview(values.view(-1).view(uint8).numpy())
+        with self._guard:
+            file = self._open() if self._file is None else self._file
+        _write_at(file, data, len(self._header) + self.places[name] + start * values.element_size())
+        with self._guard:
+            self._missing -= len(data)
+            if not self._missing:
+                self._finish()
+
+    def _open(self) -> int:
+        """Make the file at its full size, so that a full disk is found now."""
+        self._file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        _reserve(self._file, len(self._header) + self._size)
+        _write_at(self._file, memoryview(self._header), 0)
+        return self._file
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file)
+        self.close()
+        self._unfinished.rename(self.path)
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def refuse_existing(output: Path, *, overwrite: bool = False) -> None:
+    """Raise if something would be lost.
+
+    Raises:
+        OutputExistsError: the folder has files in it, or is none; or it is to be overwritten, but holds no model.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"'{output}' exists and is not empty: choose another folder, or pass overwrite=True.")
+    if not output.is_dir() or not any((output / name).is_file() for name in _MODEL_FILES):
+        raise OutputExistsError(f"'{output}' exists and is no model, so it is not overwritten: choose another folder.")
+
+
+def _reserve(file: int, size: int) -> None:
+    reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
+    if reserve is None:  # macOS
+        os.ftruncate(file, size)
+    else:
+        reserve(file, 0, size)
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _empty(folder: Path, keep: set[str]) -> None:
+    """Delete everything in a folder but some files."""
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,79 @@
+"""YAML into plain data, with the line of every key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from hf_merge.errors import RecipeError
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+MAX_DEPTH = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-5` as a number, as YAML 1.2 and MergeKit's users do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(text: str, name: str = "recipe") -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+    """Read one YAML (or JSON) mapping.
+
+    Args:
+        text: the document.
+        name: how errors call it.
+
+    Returns:
+        The data, and for every key's path, such as ("models", 0, "model"), its line, counted from 1.
+
+    Raises:
+        RecipeError: not a YAML mapping, a key twice, or too large to be a recipe.
+    """
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"'{name}' has {len(text)} characters; a recipe has a few thousand.")
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"'{name}' is not a recipe: it should be a mapping that begins with `merge_method:`.")
+        lines = dict(_lines(root, (), [0]))
+        return loader.construct_document(root), lines
+    except RecipeError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"'{name}' is not YAML: {place}{getattr(error, 'problem', None) or error}.") from None
+    except (RecursionError, ValueError) as error:
+        raise RecipeError(f"'{name}' cannot be read: {error or 'nested too deeply'}.") from None
+    finally:
+        loader.dispose()
+
+
+def _lines(node: yaml.Node, path: tuple[Any, ...], seen: list[int]) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Walk the nodes (an alias as often as it occurs, so that its expansion is bounded too)."""
+    seen[0] += 1
+    if seen[0] > MAX_NODES or len(path) > MAX_DEPTH:
+        raise RecipeError("The recipe is nested or repeated beyond reason (aliases count as often as they occur).")
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            yield (*path, i), child.start_mark.line + 1
+            yield from _lines(child, (*path, i), seen)
+    elif isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, child in node.value:
+            if key.value in keys:
+                raise RecipeError(f"line {key.start_mark.line + 1}: '{key.value}' is given twice.")
+            keys.add(str(key.value))
+            yield (*path, key.value), key.start_mark.line + 1
+            yield from _lines(child, (*path, key.value), seen)
