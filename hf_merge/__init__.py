@@ -1,9 +1,9 @@
 """Merge Hugging Face models: plan from headers, stream in bounded memory, reproduce bit for bit.
 
-    import hf_merge
+import hf_merge
 
-    merged = hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=0.5)
-    model = merged.load()
+merged = hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=0.5)
+model = merged.load()
 """
 
 from __future__ import annotations

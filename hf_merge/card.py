@@ -77,9 +77,7 @@ def _local_name(model: ModelRef | InMemory) -> str:
     return model.label if isinstance(model, InMemory) else Path(model.path).resolve().name
 
 
-def _card_data(
-    sources: Sequence[Source], config: Mapping[str, Any], *, is_sentence_transformer: bool
-) -> ModelCardData:
+def _card_data(sources: Sequence[Source], config: Mapping[str, Any], *, is_sentence_transformer: bool) -> ModelCardData:
     public = [source.public_id for source in sources if source.public_id]
     architecture = next(iter(config.get("architectures") or ()), None)
     tag = "sentence-similarity" if is_sentence_transformer else architecture and _compat.pipeline_tag(architecture)
@@ -97,7 +95,11 @@ def _row(plan: Plan, place: int, source: Source) -> dict[str, Any]:
     model = plan.models[place]
     merged = any(entry.model == model for entry in plan.recipe.models)
     roles = [word for word, true in (("base", model == plan.recipe.base_model), ("merged", merged)) if true]
-    link = f"[{source.public_id}](https://huggingface.co/{source.public_id})" if source.public_id else f"`{_local_name(model)}`"
+    link = (
+        f"[{source.public_id}](https://huggingface.co/{source.public_id})"
+        if source.public_id
+        else f"`{_local_name(model)}`"
+    )
     return {"link": link, "role": ", ".join(roles), "revision": source.revision}
 
 
@@ -111,9 +113,8 @@ def _notes(plan: Plan) -> list[str]:
     copied = sum(step.method is None for step in plan.steps)
     if copied:
         notes.append(f"{copied} tensors hold integers, equal in all models, and were copied.")
-    for rule in plan.recipe.rules:
-        notes.append(f"Tensors matching `{rule.pattern}`: {rule.merge_method or plan.recipe.merge_method}.")
-    return notes
+    rules = [(rule.pattern, rule.merge_method or plan.recipe.merge_method) for rule in plan.recipe.rules]
+    return [*notes, *(f"Tensors matching `{pattern}`: {method}." for pattern, method in rules)]
 
 
 def _how_to_load(config: Mapping[str, Any], name: str, *, is_sentence_transformer: bool) -> str:

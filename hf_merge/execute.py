@@ -107,7 +107,7 @@ class _Inputs:
         base = None if self.base is None else buffers[-1]
         models = buffers if base is None else buffers[:-1]
         for model in models if self.deltas else ():
-            model.sub_(base)
+            model.sub_(buffers[-1])
         shape = self.step.spec.shape if self.whole else (size,)
         views = [model.view(shape) for model in models]
         return Stack(views, start=start, base=None if base is None else base.view(shape))
@@ -155,9 +155,10 @@ def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) 
         merged = method.run(tile, reduced, step.settings)
         if method.space == "deltas" and tile.base is not None:
             merged = torch.add(tile.base, merged, alpha=step.settings[LAMBDA.name])
-        if inputs.check and not _finite(merged):
+        rounded = _rounded(merged, step.spec.dtype)
+        if inputs.check and not _finite(rounded):
             raise ComputeError("the result has NaN or Inf; set allow_nonfinite: true to let it pass")
-        yield tile.start, _rounded(merged, step.spec.dtype)
+        yield tile.start, rounded
 
 
 def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,7 +180,9 @@ def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Iterator[tupl
 
 def _finite(values: Tensor) -> bool:
     """Tell whether all values are finite; a finite sum proves it at the price of one read."""
-    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
+    return math.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item()) or bool(
+        values.isfinite().all()
+    )
 
 
 def _join(futures: Sequence[Future[None]]) -> None:

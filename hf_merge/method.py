@@ -78,8 +78,8 @@ class Parameter:
             return f"number in [{schema['minimum']:g}, {schema['maximum']:g}]"
         if "exclusiveMinimum" in schema:
             return f"number > {schema['exclusiveMinimum']:g}"
-        kinds = [part.get("type", "any") for part in schema.get("anyOf", [schema])]
-        return " | ".join({"boolean": "true | false", "null": "none"}.get(kind, kind) for kind in kinds)
+        kinds = [str(part.get("type", "any")) for part in schema.get("anyOf", [schema])]
+        return " | ".join({"boolean": "true | false", "null": "none"}.get(kind) or kind for kind in kinds)
 
 
 LAMBDA = Parameter(

@@ -220,6 +220,8 @@ class _Planner:
         rule = self.recipe.rule_for(name)
         self.matched.add(id(rule))
         cast = self.casts[id(rule)]
+        if not spec.dtype.is_floating_point:
+            return self._copy(name, spec, cast)
         holders = tuple(i for i in cast.inputs if name in self.sources[i].specs)
         for i in set(cast.inputs) - set(holders):
             self.lacking.setdefault(i, []).append(name)
@@ -227,11 +229,17 @@ class _Planner:
             holders, cast = (self.donor_place,), _Cast(get_method("passthrough"), (self.donor_place,), None)
         specs = [self.sources[i].specs[name] for i in holders]
         self._compare(name, spec, dict(zip(holders, specs, strict=True)))
-        if not spec.dtype.is_floating_point:
-            return Step(name, None, holders, None, {}, spec)
         everyone = specs if cast.base is None else [*specs, spec]
         written = TensorSpec(spec.shape, self.dtype or _common_dtype(everyone))
-        return Step(name, cast.method.name, holders, cast.base, self._settings(cast.method, name, holders, rule), written)
+        return Step(
+            name, cast.method.name, holders, cast.base, self._settings(cast.method, name, holders, rule), written
+        )
+
+    def _copy(self, name: str, spec: TensorSpec, cast: _Cast) -> Step:
+        """Plan a tensor of integers: the donor's, if all models that have it agree (old buffers come and go)."""
+        holders = [i for i in cast.inputs if name in self.sources[i].specs and i != self.donor_place]
+        self._compare(name, spec, {i: self.sources[i].specs[name] for i in holders})
+        return Step(name, None, (self.donor_place, *holders), None, {}, spec)
 
     def _compare(self, name: str, spec: TensorSpec, found: Mapping[int, TensorSpec]) -> None:
         for i, other in found.items():
@@ -272,7 +280,9 @@ class _Planner:
         method, found = cast.method, len(cast.inputs)
         if method.base == "required" and self.base is None:
             what = "merges task vectors" if method.space == "deltas" else "merges a model into a base"
-            yield Problem("error", f"'{method.name}' {what}: pass base_model=, the model the others were fine-tuned from.")
+            yield Problem(
+                "error", f"'{method.name}' {what}: pass base_model=, the model the others were fine-tuned from."
+            )
         if method.count is not None and found != method.count:
             beside = " beside the base" if method.base != "ignored" else ""
             yield Problem("error", f"'{method.name}' takes {method.count} model{beside}; found {found}.")
@@ -292,12 +302,16 @@ class _Planner:
             fix = "merge models of one architecture and vocabulary, or set them apart by rules:"
             yield Problem("error", f"'{source.label}' has other shapes than '{donor}': {fix}", tuple(names))
         if names := self.dtypes.get(i):
-            yield Problem("error", f"'{source.label}' has floats where '{donor}' has none, or the reverse:", tuple(names))
+            yield Problem(
+                "error", f"'{source.label}' has floats where '{donor}' has none, or the reverse:", tuple(names)
+            )
         if names := self.lacking.get(i):
             yield self._problem_of_lacking(source, tuple(names))
         if extra := tuple(name for name in source.specs if name not in self.donor.specs):
             yield Problem("warning", f"'{source.label}' has tensors that '{donor}' lacks; they are left out.", extra)
-        small = tuple(name for name, spec in source.specs.items() if spec.dtype.itemsize == 1 and spec.dtype.is_floating_point)
+        small = tuple(
+            name for name, spec in source.specs.items() if spec.dtype.itemsize == 1 and spec.dtype.is_floating_point
+        )
         if small or "quantization_config" in source.config:
             yield Problem("error", f"'{source.label}' is quantised: dequantise it first (model.dequantize()).", small)
         kinds = [model.config.get("model_type") for model in (source, self.donor)]
@@ -343,7 +357,9 @@ def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict
             max_shard_size=max_shard_size,
         )
     except ValueError:
-        raise OutputError(f"max_shard_size should be bytes or a size such as '5GB'; found {max_shard_size!r}.") from None
+        raise OutputError(
+            f"max_shard_size should be bytes or a size such as '5GB'; found {max_shard_size!r}."
+        ) from None
     return {
         file: tuple(sorted(names, key=lambda name: -specs[name].dtype.itemsize))
         for file, names in split.filename_to_tensors.items()
@@ -368,7 +384,9 @@ def _describe(plan: Plan) -> Iterator[str]:
         "read": format_bytes(plan.bytes_read),
         "write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",
         "memory": f"about {format_bytes(plan.peak_memory)} of working memory",
-        "devices": ", ".join(f"{device}: {count} tensors" for device, count in Counter(s.device for s in plan.steps).items()),
+        "devices": ", ".join(
+            f"{device}: {count} tensors" for device, count in Counter(s.device for s in plan.steps).items()
+        ),
         "problems": "none" if not plan.problems else str(len(plan.problems)),
     }
     yield from (f"  {name + ':':<13}{value}" for name, value in rows.items())

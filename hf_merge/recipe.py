@@ -1,16 +1,16 @@
 """A recipe: what the user said, checked. MergeKit's YAML, and a superset of it.
 
-    merge_method: ties
-    base_model: org/base
-    models:
-      - model: org/a
-        parameters: {weight: 1.0, density: 0.5}       # one value, a gradient over layers, or filters
-      - model: org/b@revision
-    parameters: {normalize: true}
-    dtype: bfloat16
-    seed: 0                                           # ours: random methods draw from it
-    rules:                                            # ours: another method for some tensors, first match wins
-      - {pattern: "*.lm_head.*", merge_method: passthrough, models: [org/a]}
+merge_method: ties
+base_model: org/base
+models:
+  - model: org/a
+    parameters: {weight: 1.0, density: 0.5}       # one value, a gradient over layers, or filters
+  - model: org/b@revision
+parameters: {normalize: true}
+dtype: bfloat16
+seed: 0                                           # ours: random methods draw from it
+rules:                                            # ours: another method for some tensors, first match wins
+  - {pattern: "*.lm_head.*", merge_method: passthrough, models: [org/a]}
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean
 from hf_merge.method import MergeMethod, get_method
@@ -177,7 +185,9 @@ class Recipe(_Part):
         """Return the first rule that matches a tensor."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
-    def setting(self, parameter: str, name: str, depth: float, model: ModelRef | InMemory | None, rule: Rule | None) -> Any:
+    def setting(
+        self, parameter: str, name: str, depth: float, model: ModelRef | InMemory | None, rule: Rule | None
+    ) -> Any:
         """Resolve a parameter for one tensor (and model): the rule's value, the model's, the recipe's, or UNSET."""
         own = [e.parameters for e in self.models if model is not None and e.model == model]
         for scope in [rule.parameters if rule else {}, *own, self.parameters]:
@@ -205,7 +215,7 @@ def _read(source: Any) -> tuple[dict[str, Any], Mapping[tuple[Any, ...], int]]:
 def in_memory(model: Any, label: str) -> Any:
     """Label a model that was handed over as an object; leave references and entries alone."""
     refers = isinstance(model, (str, os.PathLike, ModelRef, InMemory, ModelEntry))
-    if refers or model is None or isinstance(model, Mapping) and set(model) & {"model", "path"}:
+    if refers or model is None or (isinstance(model, Mapping) and set(model) & {"model", "path"}):
         return os.fspath(model) if isinstance(model, os.PathLike) else model
     return InMemory(model, label)
 
@@ -237,7 +247,9 @@ def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return {**data, "models": entries}
 
 
-def _set_parameter(method: MergeMethod, name: str, value: Any, entries: list[dict[str, Any]], shared: dict[str, Any]) -> None:
+def _set_parameter(
+    method: MergeMethod, name: str, value: Any, entries: list[dict[str, Any]], shared: dict[str, Any]
+) -> None:
     """Say a parameter for all models, or with a list for each of them, instead of whatever was said before."""
     parameter = method.parameter(name)
     for entry in entries:
@@ -320,9 +332,13 @@ def _check_setting(name: str, setting: Any, methods: Sequence[MergeMethod], *, i
     if parameter is None:
         return
     if in_model and not parameter.per_model:
-        raise ParameterError(f"'{name}' of '{knowing[0].name}' is one value for all models: write it under `parameters:`.")
+        raise ParameterError(
+            f"'{name}' of '{knowing[0].name}' is one value for all models: write it under `parameters:`."
+        )
     if isinstance(setting, Mapping) and not is_filter(setting):
-        raise ParameterError(f"'{name}' should be a value, a list or {{filter: .., value: ..}}; found {dict(setting)!r}.")
+        raise ParameterError(
+            f"'{name}' should be a value, a list or {{filter: .., value: ..}}; found {dict(setting)!r}."
+        )
     for value in leaves(setting):
         parameter.check(value, knowing[0].name)
 

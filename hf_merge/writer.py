@@ -87,7 +87,9 @@ class Writer:
         try:
             self._lock.acquire()
         except Timeout:
-            raise OutputError(f"Another process is writing '{self.output}': wait for it, or choose another folder.") from None
+            raise OutputError(
+                f"Another process is writing '{self.output}': wait for it, or choose another folder."
+            ) from None
         state = self.folder / _STATE
         found = json.loads(state.read_text())["fingerprint"] if state.is_file() else None
         if resume and found not in (None, fingerprint):
@@ -114,7 +116,9 @@ class Writer:
         except OSError as error:
             raise OutputError(f"'{self.output}' cannot be written: {error.strerror or error}.") from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for shard in self.shards.values():
             shard.close()
         if kind is None:
@@ -173,7 +177,9 @@ class Writer:
 class _Shard:
     """One safetensors file: header first, then every tensor at its place."""
 
-    def __init__(self, path: Path, names: tuple[str, ...], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]):
+    def __init__(
+        self, path: Path, names: tuple[str, ...], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+    ):
         self.path = path
         self._unfinished = path.with_name(path.name + _UNFINISHED)
         self.places: dict[str, int] = {}
@@ -196,7 +202,7 @@ class _Shard:
     def write(self, name: str, start: int, values: Tensor) -> None:
         if not values.numel():
             return
-        data = memoryview(values.view(-1).view(uint8).numpy())
+        data = memoryview(values.view(-1).view(uint8).numpy())  # type: ignore[arg-type]
         with self._guard:
             file = self._open() if self._file is None else self._file
         _write_at(file, data, len(self._header) + self.places[name] + start * values.element_size())

@@ -5,9 +5,7 @@ from hf_merge.ops.combine import linear_sum
 from hf_merge.types import Deltas, Merged, Number, PerModel, each
 
 
-@merge_method(
-    paper="https://arxiv.org/abs/2212.04089", elementwise=True, ignored=("density", "rescale", "int8_mask")
-)
+@merge_method(paper="https://arxiv.org/abs/2212.04089", elementwise=True, ignored=("density", "rescale", "int8_mask"))
 def task_arithmetic(deltas: Deltas, *, weight: PerModel[Number] = each(1.0), normalize: bool = False) -> Merged:
     """Add the models' weighted task vectors to the base.
 

@@ -52,7 +52,7 @@ def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Thre
     size = sum(tile[0].numel() for tile in tiles) if any(0 < d < 1 for d in density) else 0
     ranks = {i: max(1, int(d * size)) for i, d in enumerate(density) if 0 < d < 1 and size}
     found = _kth_largest(tiles, ranks, size)
-    return [found[i] if i in found else KEEP_ALL if d > 0 else KEEP_NONE for i, d in enumerate(density)]
+    return [found.get(i, KEEP_ALL if d > 0 else KEEP_NONE) for i, d in enumerate(density)]
 
 
 def keep_largest(delta: Tensor, threshold: Threshold, start: int = 0) -> Tensor:

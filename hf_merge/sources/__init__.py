@@ -40,7 +40,8 @@ def open_source(model: ModelRef | InMemory, **hub: Any) -> Source:
     if isinstance(model.value, Mapping):
         return MappingSource(model.value, model.label)
     raise SourceError(
-        f"{model.label} is a {type(model.value).__name__}; a model is a Hub id, a folder, a module or a mapping of tensors."
+        f"{model.label} is a {type(model.value).__name__}; "
+        "a model is a Hub id, a folder, a module or a mapping of tensors."
     )
 
 
@@ -61,11 +62,13 @@ def download(model: ModelRef, **hub: Any) -> Path:
         SourceError: no such model or revision, no access, or no network.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     skipped = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
     try:
-        folder = Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=[*skipped, *PICKLES], **hub))
+        folder = Path(
+            snapshot_download(model.path, revision=model.revision, ignore_patterns=[*skipped, *PICKLES], **hub)
+        )
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=skipped, **hub))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:

@@ -42,7 +42,9 @@ class _Safetensors:
         try:
             self._open = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise SourceError(f"'{path}' is not a whole safetensors file ({error}): download or write it again.") from None
+            raise SourceError(
+                f"'{path}' is not a whole safetensors file ({error}): download or write it again."
+            ) from None
 
     def names(self) -> list[str]:
         return list(self._open.offset_keys())
@@ -127,20 +129,34 @@ def find_weights(folder: Path, label: str) -> list[Path]:
     Raises:
         SourceError: there are none, or one that the index names is missing.
     """
-    for single in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+    for single in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
         path = folder / single
         if path.is_file():
             return _indexed(path) if path.suffix == ".json" else [path]
     if (folder / "adapter_config.json").is_file():
         raise SourceError(f"'{label}' is a PEFT adapter: merge it into its base first, then name the result.")
     for suffixes in ((".safetensors",), PICKLES):
-        found = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.name not in _TRAINING_STATE)
+        found = sorted(
+            path for path in folder.iterdir() if path.suffix in suffixes and path.name not in _TRAINING_STATE
+        )
         if found:
             return _alone_or_shards(found, label)
     raise SourceError(f"'{label}' holds no weights: there is no .safetensors, .bin or .pth file in '{folder}'.")
 
 
-_TRAINING_STATE = {"optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin", "training_args.bin", "rng_state.pth"}
+_TRAINING_STATE = {
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "scheduler.bin",
+    "training_args.bin",
+    "rng_state.pth",
+}
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -166,7 +182,9 @@ def _alone_or_shards(found: list[Path], label: str) -> list[Path]:
     if None not in numbers and len(of) == 1 and len(found) == next(iter(of)):
         return found
     names = ", ".join(path.name for path in found)
-    raise SourceError(f"'{label}' holds {names} and no index that says which belong together: name one file, or add it.")
+    raise SourceError(
+        f"'{label}' holds {names} and no index that says which belong together: name one file, or add it."
+    )
 
 
 def companions(folder: Path) -> Iterator[Path]:
@@ -178,7 +196,7 @@ def companions(folder: Path) -> Iterator[Path]:
     modules = {m.get("path") for m in read_json(listing)} - {""} if listing.is_file() else set()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part in _OTHER_FORMATS or part.startswith("checkpoint-") for part in parts)
+        hidden = any(part.startswith((".", "checkpoint-")) or part in _OTHER_FORMATS for part in parts)
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         mine = "/".join(parts[:-1]) in modules
         if path.is_file() and not hidden and path.name not in _NOT_COMPANIONS and (mine or not weights):
@@ -217,7 +235,9 @@ def _load_legacy(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SourceError(f"'{path}' is not a PyTorch file that can be loaded without running code ({error}).") from None
+        raise SourceError(
+            f"'{path}' is not a PyTorch file that can be loaded without running code ({error})."
+        ) from None
 
 
 def _unwrapped(content: Any) -> Mapping[str, Any]:

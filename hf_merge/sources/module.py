@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_merge import _compat
@@ -25,10 +27,8 @@ class ModuleSource(Source):
         if any(".lora_" in name for name in module.state_dict()):
             raise SourceError(f"{label} carries an adapter: call merge_and_unload() first and pass the result.")
         self._live = _compat.on_disk_layout(module)
-        self.specs = {
-            name: TensorSpec(tuple(t.shape), t.dtype) for name, (_, t) in self._live.items()
-        }
-        config = getattr(module, "config", None)
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, (_, t) in self._live.items()}
+        config: Any = getattr(module, "config", None)
         self.config = config.to_dict() if hasattr(config, "to_dict") else {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -45,14 +45,15 @@ class ModuleSource(Source):
 
         owner, _, leaf = name.rpartition(".")
         module = self._module.get_submodule(owner)
-        with align_module_device(module, "cpu"):
+        with align_module_device(module, torch.device("cpu")):
             tensor: Tensor = getattr(module, leaf).detach()
         if tensor.device.type == "meta":
             raise SourceError(f"'{name}' of {self.label} has no values: the model is on the meta device.")
         return tensor
 
     def write_companions(self, folder: Path) -> None:
-        for part in (getattr(self._module, "config", None), getattr(self._module, "generation_config", None)):
+        parts: list[Any] = [getattr(self._module, name, None) for name in ("config", "generation_config")]
+        for part in parts:
             if hasattr(part, "save_pretrained"):
                 named = copy.deepcopy(part)
                 named.architectures = [type(self._module).__name__]

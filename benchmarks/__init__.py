@@ -1,0 +1,1 @@
+"""One command that says what merging costs beside the least that it could: `python -m benchmarks`."""

