@@ -208,17 +208,15 @@ def _write_companions(
     """Write what belongs to the model beside its weights: tokenizer, recipe and card, and config.json last."""
     donor = sources[made.donor]
     donor.write_companions(folder)
-    config = folder / "config.json"
-    content = read_json(config) if config.is_file() else None
-    config.unlink(missing_ok=True)
     (folder / RECIPE_FILE).write_text(made.recipe.to_yaml(), encoding="utf-8")
     files = [path.name for path in folder.iterdir()]
     merged_card(made, sources, name, files=files, template=card_template).save(folder / "README.md")
-    if content is not None:
-        config.write_text(json.dumps(_with_dtype(content, made), indent=2) + "\n", encoding="utf-8")
+    if donor.config:
+        config = json.dumps(_with_dtype(donor.config, made), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
 
 
-def _with_dtype(config: dict[str, Any], made: Plan) -> dict[str, Any]:
+def _with_dtype(config: Mapping[str, Any], made: Plan) -> dict[str, Any]:
     """Say the true dtype, in nested configs too, under the name that the config uses."""
     dtype = str(made.dtype).removeprefix("torch.")
     done = {key: _with_dtype(value, made) if isinstance(value, dict) and "model_type" in value else value

@@ -349,6 +349,8 @@ def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
 
 def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict[str, tuple[str, ...]]:
     """Distribute the tensors over files; in each file the widest dtypes come first, so that all stay aligned."""
+    if isinstance(max_shard_size, int) and max_shard_size <= 0:
+        raise OutputError(f"max_shard_size should be bytes or a size such as '5GB'; found {max_shard_size}.")
     try:
         split = split_state_dict_into_shards_factory(
             dict(specs),

@@ -93,6 +93,15 @@ Rescale = Annotated[
 """How the kept entries make up for the dropped ones; `true` and `false` are MergeKit's words for l1 and none."""
 
 
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""The dtypes of safetensors files that torch has."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape and dtype of a tensor, known from a header."""

@@ -20,7 +20,7 @@ from torch import Tensor, uint8
 
 from hf_merge.errors import OutputError, OutputExistsError
 from hf_merge.planning import Plan
-from hf_merge.types import TensorSpec
+from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 logger = logging.get_logger(__name__)
 
@@ -29,10 +29,7 @@ _UNFINISHED = ".unfinished"
 _STATE = ".merge.json"
 _LOCK = ".lock"
 _MODEL_FILES = ("config.json", "model.safetensors", INDEX)
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
-}  # fmt: skip
+_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def partial_folder(output: Path) -> Path:
@@ -187,7 +184,7 @@ class _Shard:
         end = 0
         for name in names:
             self.places[name], begin, end = end, end, end + specs[name].nbytes
-            dtype = _DTYPES[str(specs[name].dtype).removeprefix("torch.")]
+            dtype = _DTYPES[specs[name].dtype]
             header[name] = {"dtype": dtype, "shape": list(specs[name].shape), "data_offsets": [begin, end]}
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)

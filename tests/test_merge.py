@@ -1,5 +1,6 @@
 """The main job, as a user runs it: models in, a folder out that from_pretrained loads."""
 
+import copy
 import json
 import os
 import shutil
@@ -126,7 +127,7 @@ def test_plain_networks_merge_without_transformers_config(tmp_path):
     ]
     merged = hf_merge.merge_state_dicts([net.state_dict() for net in nets], method="linear")
     assert merged["1.num_batches_tracked"].dtype == torch.int64
-    nets[0].load_state_dict(merged)
+    copy.deepcopy(nets[0]).load_state_dict(merged)
     out = hf_merge.merge(nets, tmp_path / "net", method="linear")
     assert_same(weights(out.path), merged)
     with pytest.raises(hf_merge.MergeError, match=r"no config\.json"):

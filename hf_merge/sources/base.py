@@ -44,4 +44,4 @@ class Source(Mapping[str, Tensor]):
         return None
 
     def write_companions(self, folder: Path) -> None:
-        """Write all that belongs to the model but its weights and its card: config, tokenizer, processor."""
+        """Write all that belongs to the model but weights, card and config.json: tokenizer, processor, code."""

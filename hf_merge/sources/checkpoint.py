@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from hf_merge.errors import SourceError
 from hf_merge.sources.base import Source
-from hf_merge.types import TensorSpec
+from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _WEIGHTS = {".safetensors", *PICKLES, ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz"}
-_NOT_COMPANIONS = {"README.md", "hf_merge_recipe.yaml", "mergekit_config.yml", "trainer_state.json"}
+_NOT_COMPANIONS = {"README.md", "config.json", "hf_merge_recipe.yaml", "mergekit_config.yml", "trainer_state.json"}
 _OTHER_FORMATS = {"onnx", "openvino", "coreml"}
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
@@ -30,7 +32,7 @@ _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 class _File(Protocol):
     """One file of weights."""
 
-    def names(self) -> list[str]: ...
+    def specs(self) -> dict[str, TensorSpec]: ...
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -39,18 +41,31 @@ class _Safetensors:
     """A safetensors file, mapped; its header was checked by safetensors when it was opened."""
 
     def __init__(self, path: Path):
+        self._path = path
         try:
-            self._open = safe_open(path, framework="pt")
+            with safe_open(path, framework="np"):
+                pass
+            header, self._bytes = _map(path)
         except (SafetensorError, OSError) as error:
             raise SourceError(
                 f"'{path}' is not a whole safetensors file ({error}): download or write it again."
             ) from None
+        self._places = {name: (place["data_offsets"], place) for name, place in header.items()}
 
-    def names(self) -> list[str]:
-        return list(self._open.offset_keys())
+    def specs(self) -> dict[str, TensorSpec]:
+        ordered = sorted(self._places.items(), key=lambda item: item[1][0])
+        return {name: TensorSpec(tuple(p["shape"]), self._dtype(name, p["dtype"])) for name, (_, p) in ordered}
+
+    def _dtype(self, name: str, word: str) -> torch.dtype:
+        if word not in SAFETENSORS_DTYPES:
+            raise SourceError(f"'{name}' in '{self._path}' has the dtype {word}, which torch lacks: convert it first.")
+        return SAFETENSORS_DTYPES[word]
 
     def tensor(self, name: str) -> Tensor:
-        return self._open.get_tensor(name)
+        (begin, end), place = self._places[name]
+        dtype, values = SAFETENSORS_DTYPES[place["dtype"]], self._bytes[begin:end]
+        aligned = values.storage_offset() % dtype.itemsize == 0
+        return (values if aligned else values.clone()).view(dtype).view(place["shape"])
 
 
 class _Pickle:
@@ -61,8 +76,8 @@ class _Pickle:
         if not self._tensors:
             raise SourceError(f"'{path}' holds no tensors by name: save a model's state_dict().")
 
-    def names(self) -> list[str]:
-        return list(self._tensors)
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -83,11 +98,20 @@ class Checkpoint(Source):
         self.path = path
         self._paths = [path] if path.is_file() else find_weights(path, label)
         self._files = [open_weights(file) for file in self._paths]
-        self._file_of = {name: file for file in self._files for name in file.names()}
-        self.specs = {}
-        for name, file in self._file_of.items():
-            mapped = file.tensor(name)
-            self.specs[name] = TensorSpec(tuple(mapped.shape), mapped.dtype)
+        self._file_of: dict[str, _File] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file in self._files:
+            found = file.specs()
+            self.specs.update(found)
+            self._file_of.update(dict.fromkeys(found, file))
+        self._check_index()
+
+    def _check_index(self) -> None:
+        """A shard that lacks what the index promises was written half, or belongs to another model."""
+        index = self._paths[0].with_name(f"{_SHARD.sub('', self._paths[0].stem)}{self._paths[0].suffix}.index.json")
+        promised = read_json(index)["weight_map"] if len(self._paths) > 1 and index.is_file() else {}
+        if lacking := [name for name in promised if name not in self.specs]:
+            raise SourceError(f"'{self.label}' lacks {lacking[0]}, which its index names: download its shards again.")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of[name].tensor(name)
@@ -108,6 +132,21 @@ class Checkpoint(Source):
             target = folder / file.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+
+
+def _map(path: Path) -> tuple[dict[str, Any], Tensor]:
+    """Return a safetensors file's header and its bytes, mapped for reading.
+
+    safetensors' own mapping is private and writable, so that the kernel refuses files larger than the memory.
+    """
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    size = int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8 : 8 + size])
+    header.pop("__metadata__", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes to it
+        return header, torch.frombuffer(mapped, dtype=torch.uint8)[8 + size :]
 
 
 def open_weights(path: Path) -> _File:
@@ -161,7 +200,8 @@ _TRAINING_STATE = {
 
 def _indexed(index: Path) -> list[Path]:
     """Return the shards an index names, each once, in its order of names."""
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"'{index}' has no 'weight_map': it is not an index of shards.")
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
@@ -188,7 +228,7 @@ def _alone_or_shards(found: list[Path], label: str) -> list[Path]:
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Yield the files of a model that are neither its weights nor its card.
+    """Yield the files of a model that are neither its weights, its card nor its config.json.
 
     Weights of further modules (sentence-transformers' Dense layers) belong to them: modules.json names their folders.
     """
@@ -199,7 +239,8 @@ def companions(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith((".", "checkpoint-")) or part in _OTHER_FORMATS for part in parts)
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         mine = "/".join(parts[:-1]) in modules
-        if path.is_file() and not hidden and path.name not in _NOT_COMPANIONS and (mine or not weights):
+        known = len(parts) == 1 and path.name in _NOT_COMPANIONS
+        if path.is_file() and not hidden and not known and (mine or not weights):
             yield path
 
 

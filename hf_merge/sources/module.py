@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ class ModuleSource(Source):
             raise SourceError(f"{label} carries an adapter: call merge_and_unload() first and pass the result.")
         self._live = _compat.on_disk_layout(module)
         self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, (_, t) in self._live.items()}
-        config: Any = getattr(module, "config", None)
-        self.config = config.to_dict() if hasattr(config, "to_dict") else {}
+        self.config = _config_of(module)
 
     def __getitem__(self, name: str) -> Tensor:
         live_name, tensor = self._live[name]
@@ -41,20 +40,23 @@ class ModuleSource(Source):
 
     def _read_offloaded(self, name: str) -> Tensor:
         """Let accelerate bring one parameter back from where it was offloaded to."""
-        from accelerate.utils import align_module_device
+        from accelerate.utils import align_module_device, has_offloaded_params
 
         owner, _, leaf = name.rpartition(".")
         module = self._module.get_submodule(owner)
-        with align_module_device(module, torch.device("cpu")):
-            tensor: Tensor = getattr(module, leaf).detach()
-        if tensor.device.type == "meta":
+        if not has_offloaded_params(module):
             raise SourceError(f"'{name}' of {self.label} has no values: the model is on the meta device.")
-        return tensor
+        with align_module_device(module, torch.device("cpu")):
+            return getattr(module, leaf).detach()
 
     def write_companions(self, folder: Path) -> None:
-        parts: list[Any] = [getattr(self._module, name, None) for name in ("config", "generation_config")]
-        for part in parts:
-            if hasattr(part, "save_pretrained"):
-                named = copy.deepcopy(part)
-                named.architectures = [type(self._module).__name__]
-                named.save_pretrained(folder)
+        if hasattr(generation := getattr(self._module, "generation_config", None), "save_pretrained"):
+            generation.save_pretrained(folder)
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    """What save_pretrained would write into config.json."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    return {**json.loads(config.to_json_string()), "architectures": [type(module).__name__]}
