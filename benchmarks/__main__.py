@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     print(text)
     if options.json:
         done = [{"case": c.name, "runs": [*map(asdict, c.runs)], "floors": [*map(asdict, c.floors)]} for c in cases]
-        options.json.write_text(json.dumps({"options": vars(options), "cases": done, "slope": slope}, default=str, indent=1))
+        options.json.write_text(
+            json.dumps({"options": vars(options), "cases": done, "slope": slope}, default=str, indent=1)
+        )
     return text
 
 
@@ -103,7 +105,9 @@ def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
     """Make the checkpoints and say what is measured on them."""
     name = f"llama-{options.hidden}x{options.layers}"
     large = checkpoints(options.folder / name, llama_shapes(options.hidden, options.layers), options.models)
-    cases = [Case(f"import {module}", lambda m=module: run_python(f"import {m}")) for module in ("torch", "hf_merge.api")]
+    cases = [
+        Case(f"import {module}", lambda m=module: run_python(f"import {m}")) for module in ("torch", "hf_merge.api")
+    ]
     cases += [_merge_case(method, _recipe(method, large), scratch) for method in options.methods]
     if options.tiny_tensors:
         recipe = _recipe("linear", _tiny(options, options.tiny_tensors))

@@ -68,7 +68,9 @@ def _page(method: MergeMethod) -> str:
 
 def cli_help() -> str:
     """What `--help` prints for every command."""
-    return "\n\n".join(f"```text\n$ hf-merge {command} --help\n{_help(command)}\n```" for command in COMMANDS)
+    return "\n\n".join(
+        f"```text\n$ {f'hf-merge {command}'.strip()} --help\n{_help(command)}\n```" for command in COMMANDS
+    )
 
 
 def _help(command: str) -> str:

@@ -344,7 +344,9 @@ def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
     """The smallest dtype that holds all inputs."""
-    return reduce(torch.promote_types, [spec.dtype for spec in specs])
+    dtypes = [spec.dtype for spec in specs]
+    quantised = any(dtype.itemsize == 1 for dtype in dtypes)  # reported as a problem; torch does not promote float8
+    return dtypes[0] if quantised else reduce(torch.promote_types, dtypes)
 
 
 def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict[str, tuple[str, ...]]:

@@ -157,7 +157,7 @@ class Writer:
             return
         _empty(self.folder, keep={*finished, _STATE})
         logger.warning(
-            "%d of %d shards are finished and kept in '%s': repeat the call with resume=True, or delete that folder.",
+            "%d of %d shards are finished and kept in '%s': repeat the call with resume=True (--resume), or delete that folder.",
             len(finished), len(self.plan.shards), self.folder,
         )  # fmt: skip
 
@@ -237,7 +237,10 @@ def refuse_existing(output: Path, *, overwrite: bool = False) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise OutputExistsError(f"'{output}' exists and is not empty: choose another folder, or pass overwrite=True.")
+        raise OutputExistsError(
+            f"'{output}' exists and is not empty: choose another folder, "
+            "or replace it with overwrite=True (--overwrite)."
+        )
     if not output.is_dir() or not any((output / name).is_file() for name in _MODEL_FILES):
         raise OutputExistsError(f"'{output}' exists and is no model, so it is not overwritten: choose another folder.")
 

@@ -268,7 +268,6 @@ def test_values_are_read_when_asked_for(tmp_path):
 
 def test_companions_are_all_but_weights_and_card(tmp_path):
     keep = [
-        "config.json",
         "tokenizer.json",
         "vocab.txt",
         "1_Pooling/config.json",
@@ -276,7 +275,7 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         "modules.json",
         "modeling_x.py",
     ]
-    drop = ["README.md", "pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "onnx/model.onnx", ".git/config",
+    drop = ["config.json", "README.md", "pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "onnx/model.onnx", ".git/config",
             "checkpoint-5/config.json", "tf_model.h5", "hf_merge_recipe.yaml", "3_Other/model.safetensors"]  # fmt: skip
     for name in keep + drop:
         path = tmp_path / name

@@ -126,7 +126,9 @@ def test_where_all_are_equal_exactly_the_first_ones_are_kept(dtype, numel, size,
 def test_thresholds_do_not_depend_on_the_tiles(dtype):
     for numel in (1000, 70_000):
         tensor = few_levels(numel, dtype)
-        found = {magnitude_thresholds(split([tensor], size), density=[0.3])[0] for size in (numel, numel // 2, numel // 9)}
+        found = {
+            magnitude_thresholds(split([tensor], size), density=[0.3])[0] for size in (numel, numel // 2, numel // 9)
+        }
         assert len(found) == 1
         assert found.pop().bits == int(magnitude_bits(tensor).max())
 

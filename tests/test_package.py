@@ -1,0 +1,91 @@
+"""What is shipped: templates in the wheel, true documents, examples that run."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import hf_merge
+from hf_merge import derive
+from hf_merge.card import template_folder
+from hf_merge.method import _registry, get_method
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_holds_templates_types_and_licence(tmp_path):
+    pytest.importorskip("hatchling")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hf_merge/model_card_templates/merged.md" in names and "hf_merge/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith("tests")]
+
+
+def test_templates_are_found_in_a_checkout():
+    assert (template_folder() / "merged.md").is_file()
+
+
+def test_public_names_are_sorted_documented_and_there():
+    assert hf_merge.__all__ == sorted(hf_merge.__all__)
+    assert all(getattr(hf_merge, name).__doc__ for name in hf_merge.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        hf_merge.nonsense  # noqa: B018
+
+
+def test_derived_documents_are_true():
+    stale = [
+        path.name for path, text in derive.derived_files(ROOT).items() if not path.is_file() or path.read_text() != text
+    ]
+    assert not stale, "run `make derive`"
+
+
+def test_derive_notices_a_stale_document(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("# x\n<!-- derived: methods -->\nold\n<!-- /derived -->\nend\n")
+    text = derive.derived_files(tmp_path)[tmp_path / "README.md"]
+    assert "old" not in text and "| [ties]" in text and text.startswith("# x\n") and text.endswith("end\n")
+
+
+def test_example_of_contributing_is_a_method_that_works():
+    code = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
+    before = dict(_registry)
+    try:
+        exec(compile(code, "CONTRIBUTING.md", "exec"), {"__name__": "largest"})
+        (name,) = set(_registry) - set(before)
+        base, a, b = ({"x": torch.tensor(values)} for values in ([1.0, 1.0], [3.0, 0.0], [0.0, 2.0]))
+        merged = hf_merge.merge_state_dicts([a, b], method=name, base_model=base, weight=[1.0, 3.0])
+        assert merged["x"].tolist() == [1 - 3.0, 1 + 3.0]
+        assert get_method(name).summary == "Keep, for each entry, the task vector of largest magnitude."
+    finally:
+        _registry.clear()
+        _registry.update(before)
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
+def test_example_recipe_runs(example, llamas, tmp_path):
+    """The recipe as it is, but for the names of its models."""
+    data = yaml.safe_load((ROOT / "examples" / example).read_text())
+    stand_ins = iter((str(llamas["a"]), str(llamas["b"])))
+    known = {data.get("base_model"): str(llamas["base"])}
+    for entry in data["models"]:
+        entry["model"] = (
+            known.setdefault(entry["model"], None)
+            or known.update({entry["model"]: next(stand_ins)})
+            or known[entry["model"]]
+        )
+    if "base_model" in data:
+        data["base_model"] = known[data["base_model"]]
+    for rule in data.get("rules", []):
+        rule["models"] = [known[model] for model in rule.get("models", [])]
+    assert hf_merge.merge(data, tmp_path / "m").load() is not None
