@@ -54,8 +54,9 @@ def method_pages() -> str:
 
 def _page(method: MergeMethod) -> str:
     count = "any number of models" if method.count is None else f"{method.count} model(s) beside the base"
+    scope = {True: "model", False: "merge"}
     rows = [
-        f"| `{p.name}` | {p.words.replace('|', 'or')} | {'model' if p.per_model else 'merge'} | `{p.default}` | {p.help} |"
+        f"| `{p.name}` | {p.words.replace('|', 'or')} | {scope[p.per_model]} | `{p.default}` | {p.help} |"
         for p in method.parameters.values()
     ]
     table = "\n".join(["| parameter | values | one for each | default | |", "|---|---|---|---|---|", *rows])

@@ -157,7 +157,8 @@ class Writer:
             return
         _empty(self.folder, keep={*finished, _STATE})
         logger.warning(
-            "%d of %d shards are finished and kept in '%s': repeat the call with resume=True (--resume), or delete that folder.",
+            "%d of %d shards are finished and kept in '%s': repeat the call with resume=True (--resume), "
+            "or delete that folder.",
             len(finished), len(self.plan.shards), self.folder,
         )  # fmt: skip
 

@@ -20,10 +20,16 @@ def run(*words, **environment):
 @pytest.fixture
 def recipe(llamas, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({
-        "merge_method": "ties", "base_model": str(llamas["base"]), "dtype": "bfloat16",
-        "models": [{"model": str(llamas[name]), "parameters": {"density": 0.5}} for name in "ab"],
-    }))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "merge_method": "ties",
+                "base_model": str(llamas["base"]),
+                "dtype": "bfloat16",
+                "models": [{"model": str(llamas[name]), "parameters": {"density": 0.5}} for name in "ab"],
+            }
+        )
+    )
     return path
 
 
@@ -113,11 +119,15 @@ def test_methods_are_listed_and_explained():
 
 
 def test_help_imports_neither_torch_nor_transformers():
-    code = "import sys, hf_merge, hf_merge.cli; print(sorted({'torch', 'transformers', 'peft', 'gradio'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert imported_by("import hf_merge, hf_merge.cli", {"torch", "transformers", "peft", "gradio"}) == "[]"
 
 
 def test_planning_imports_no_model_code():
-    code = "import sys, torch, hf_merge; hf_merge.plan([{'x': torch.ones(1)}], method='linear'); " \
-           "print(sorted({'transformers', 'accelerate', 'peft', 'gradio', 'matplotlib', 'optuna'} & set(sys.modules)))"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = "import torch, hf_merge; hf_merge.plan([{'x': torch.ones(1)}], method='linear')"
+    heavy = {"transformers", "accelerate", "peft", "gradio", "matplotlib", "optuna"}
+    assert imported_by(code, heavy) == "[]"
+
+
+def imported_by(code, modules):
+    code = f"{code}; import sys; print(sorted({modules} & set(sys.modules)))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

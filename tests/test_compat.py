@@ -9,8 +9,15 @@ from tests.conftest import small_config
 
 
 def test_revert_weight_conversion_still_gives_the_layout_on_disk():
-    config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                           num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
     layout = _compat.on_disk_layout(MixtralForCausalLM(config))
     expert = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     assert expert in layout and layout[expert][0] is None

@@ -19,10 +19,14 @@ RANDOM = {"method": "dare_ties", "density": 0.4, "weight": [0.7, 0.6]}
 def states(count=3, size=TILE + 1000, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        {"layers.0.w": torch.randn(size, generator=generator), "layers.1.w": torch.randn(7, 11, generator=generator),
-         "one": torch.randn((), generator=generator), "none": torch.empty(0, 4)}
+        {
+            "layers.0.w": torch.randn(size, generator=generator),
+            "layers.1.w": torch.randn(7, 11, generator=generator),
+            "one": torch.randn((), generator=generator),
+            "none": torch.empty(0, 4),
+        }
         for _ in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def run(models, workers=None, **changes):
@@ -131,8 +135,12 @@ def test_inputs_are_never_changed():
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in models]
     for method in hf_merge.list_methods():
         count = hf_merge.get_method(method).count or 2
-        hf_merge.merge_state_dicts(models[1 : 1 + count], method=method, base_model=models[0] if method != "passthrough" else None,
-                                   **({"weight": 0.5} if method == "linear" else {}))  # fmt: skip
+        hf_merge.merge_state_dicts(
+            models[1 : 1 + count],
+            method=method,
+            base_model=models[0] if method != "passthrough" else None,
+            **({"weight": 0.5} if method == "linear" else {}),
+        )
     for model, kept in zip(models, before, strict=True):
         assert all(torch.equal(model[name], kept[name]) for name in kept)
 

@@ -11,9 +11,16 @@ from tests.conftest import GOLDEN
 MERGEKIT = GOLDEN / "mergekit"
 CASES = sorted(path.name for path in (MERGEKIT / "cases").glob("*")) if MERGEKIT.is_dir() else []
 LATER = {
-    "arcee_fusion", "breadcrumbs", "karcher", "model_stock", "multislerp", "nuslerp", "sce",  # methods to come
-    "passthrough", "slerp",  # recipes with slices
-}  # fmt: skip
+    "arcee_fusion",
+    "breadcrumbs",
+    "karcher",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
+    "sce",  # methods to come
+    "passthrough",
+    "slerp",  # recipes with slices
+}
 
 
 def test_golden_data_is_at_hand_or_said_to_be_absent():

@@ -112,9 +112,16 @@ def test_live_modules_and_mappings_give_the_same_as_folders(llamas, tmp_path):
 
 def test_offloaded_module_is_read_where_it_lies(llamas, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
-        llamas["a"], device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"},
+        llamas["a"],
+        device_map={
+            "model.embed_tokens": "cpu",
+            "model.layers": "disk",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "disk",
+        },
         offload_folder=tmp_path / "offload",
-    )  # fmt: skip
+    )
     assert any(p.device.type == "meta" for p in model.parameters())
     out = hf_merge.merge([model, llamas["b"]], tmp_path / "m", method="linear").path
     assert_same(weights(out), weights(hf_merge.merge([llamas["a"], llamas["b"]], tmp_path / "f", method="linear").path))

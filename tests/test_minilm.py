@@ -10,9 +10,14 @@ from transformers import AutoModel, AutoTokenizer
 import hf_merge
 
 PARAMETERS = {
-    "ties": {"density": 0.4}, "dare_linear": {"density": 0.5, "weight": 0.5}, "dare_ties": {"density": [0.5, 0.7]},
-    "task_arithmetic": {"weight": [0.6, 0.4]}, "slerp": {"t": 0.3}, "nearswap": {"t": 0.001}, "linear": {"weight": [0.7, 0.3]},
-}  # fmt: skip
+    "ties": {"density": 0.4},
+    "dare_linear": {"density": 0.5, "weight": 0.5},
+    "dare_ties": {"density": [0.5, 0.7]},
+    "task_arithmetic": {"weight": [0.6, 0.4]},
+    "slerp": {"t": 0.3},
+    "nearswap": {"t": 0.001},
+    "linear": {"weight": [0.7, 0.3]},
+}
 
 
 def merge(minilm, method, output):

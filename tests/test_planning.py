@@ -126,8 +126,9 @@ def test_quantised_and_foreign_models_are_told(llamas, tmp_path):
 
 
 def test_rule_that_matches_nothing_is_a_warning():
-    assert "'nothing' matches no tensor" in str(plan({"merge_method": "linear", "models": [_ref("a", BASE)],
-                                                      "rules": [{"pattern": "nothing"}]}).problems[0])  # fmt: skip
+    assert "'nothing' matches no tensor" in str(
+        plan({"merge_method": "linear", "models": [_ref("a", BASE)], "rules": [{"pattern": "nothing"}]}).problems[0]
+    )
 
 
 def test_settings_are_plain_numbers_for_each_tensor():

@@ -246,8 +246,15 @@ def test_live_model_shows_the_names_that_save_pretrained_writes(architecture, tm
         )
         model = transformers.ViTForImageClassification(config)
     else:
-        config = transformers.MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                            num_key_value_heads=1, num_local_experts=4)  # fmt: skip
+        config = transformers.MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+        )
         model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path)
     assert_holds(open_source(InMemory(model, "m")), load_file(tmp_path / "model.safetensors"))
@@ -275,8 +282,19 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         "modules.json",
         "modeling_x.py",
     ]
-    drop = ["config.json", "README.md", "pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "onnx/model.onnx", ".git/config",
-            "checkpoint-5/config.json", "tf_model.h5", "hf_merge_recipe.yaml", "3_Other/model.safetensors"]  # fmt: skip
+    drop = [
+        "config.json",
+        "README.md",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "onnx/model.onnx",
+        ".git/config",
+        "checkpoint-5/config.json",
+        "tf_model.h5",
+        "hf_merge_recipe.yaml",
+        "3_Other/model.safetensors",
+    ]
     for name in keep + drop:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)

@@ -42,8 +42,14 @@ def test_shards_have_transformers_names_and_an_index(llamas, tmp_path):
 
 
 def test_mixed_dtypes_are_aligned_and_read_back_by_safetensors(tmp_path):
-    state = {"half": torch.ones(3, dtype=torch.bfloat16), "full": torch.ones(5), "mask": torch.ones(7, dtype=torch.bool),
-             "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "ids": torch.arange(3)}  # fmt: skip
+    state = {
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "full": torch.ones(5),
+        "mask": torch.ones(7, dtype=torch.bool),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "ids": torch.arange(3),
+    }
     save_file(state, tmp_path / "a.safetensors")
     out = hf_merge.merge([tmp_path / "a.safetensors"], tmp_path / "m", method="linear").path
     found = load_file(out / "model.safetensors")

@@ -99,11 +99,12 @@ class Checkpoint(Source):
         self._paths = [path] if path.is_file() else find_weights(path, label)
         self._files = [open_weights(file) for file in self._paths]
         self._file_of: dict[str, _File] = {}
-        self.specs: dict[str, TensorSpec] = {}
+        specs: dict[str, TensorSpec] = {}
         for file in self._files:
             found = file.specs()
-            self.specs.update(found)
+            specs.update(found)
             self._file_of.update(dict.fromkeys(found, file))
+        self.specs = specs
         self._check_index()
 
     def _check_index(self) -> None:

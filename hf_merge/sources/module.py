@@ -50,7 +50,8 @@ class ModuleSource(Source):
             return getattr(module, leaf).detach()
 
     def write_companions(self, folder: Path) -> None:
-        if hasattr(generation := getattr(self._module, "generation_config", None), "save_pretrained"):
+        generation: Any = getattr(self._module, "generation_config", None)
+        if hasattr(generation, "save_pretrained"):
             generation.save_pretrained(folder)
 
 
