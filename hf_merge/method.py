@@ -28,7 +28,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from hf_merge.errors import ParameterError, UnknownMethodError, did_you_mean
+from hf_merge.errors import ParameterError, UnknownMethodError, did_you_mean, shown
 from hf_merge.types import Each, Number, PerModelMark, Reduced, SeedMark, Stack
 
 BUILT_IN = "hf_merge.methods"
@@ -66,7 +66,7 @@ class Parameter:
             return self._adapter.validate_python(value)
         except ValidationError as error:
             found = error.errors()[0]["msg"].removeprefix("Input ").removeprefix("should ")
-            raise ParameterError(f"'{self.name}' of '{method}' should {found}; found {value!r}.") from None
+            raise ParameterError(f"'{self.name}' of '{method}' should {found}; found {shown(value)}.") from None
 
     @property
     def words(self) -> str:
@@ -138,7 +138,7 @@ class MergeMethod:
 
     def settings(self, count: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check parameters and complete them with defaults: a list of `count` values where they are per model."""
-        for name in given:
+        for name in given.keys() - {self.seeded}:
             self.parameter(name)
         done: dict[str, Any] = {}
         for name, parameter in self.parameters.items():
@@ -151,16 +151,32 @@ class MergeMethod:
                 raise ParameterError(f"'{name}' of '{self.name}' has {len(values)} values for {count} models.")
             done[name] = [parameter.check(v, self.name) for v in values]
         if self.seeded:
-            done[self.seeded] = _seeds(given.get(self.seeded, 0), count)
+            done[self.seeded] = self._seeds(given.get(self.seeded, 0), count)
         return done
+
+    def _seeds(self, seed: Any, count: int) -> list[int]:
+        """One seed for each model; a single one is spread so that no two models share a mask."""
+        seeds = (
+            seed
+            if isinstance(seed, (list, tuple))
+            else [seed + (i << 32) if type(seed) is int else seed for i in range(count)]
+        )
+        if any(type(one) is not int for one in seeds):
+            raise ParameterError(f"'{self.seeded}' of '{self.name}' should be an integer; found {shown(seed)}.")
+        if len(seeds) != count:
+            raise ParameterError(f"'{self.seeded}' of '{self.name}' has {len(seeds)} values for {count} models.")
+        return list(seeds)
 
     def parameter(self, name: str) -> Parameter | None:
         """Look a parameter up; None for one that MergeKit knows and that has no effect here."""
-        if name in self.parameters or name in self.ignored or name == self.seeded:
+        if name in self.parameters or name in self.ignored:
             return self.parameters.get(name)
+        if name == self.seeded:
+            raise ParameterError(f"'{name}' is no parameter of '{self.name}' but of the whole recipe: write it there.")
         known = ", ".join(self.parameters) or "none"
         raise ParameterError(
-            f"'{self.name}' has no parameter '{name}' (it has: {known}).{did_you_mean(name, self.parameters)}"
+            f"'{self.name}' has no parameter '{name}' (it has: {known})."
+            f"{did_you_mean(name, [*self.parameters, self.seeded or ''])}"
         )
 
     def reduce(self, tiles: Iterable[Stack], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,6 +257,8 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     hints = get_type_hints(fn, include_extras=True)
     doc = _read_docstring(fn)
     arguments = list(inspect.signature(fn).parameters.values())
+    if untyped := [a.name for a in arguments if a.name not in hints]:
+        raise TypeError(f"'{untyped[0]}' of '{name}' needs an annotation: it says type and range.")
     positional = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY]
     space, *others = positional or [""]
     if space not in ("models", "deltas"):
@@ -248,6 +266,10 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     reductions = {other: mark.by for other in others if (mark := _mark(hints[other], Reduced))}
     if unknown := [other for other in others if other != "base" and other not in reductions]:
         raise TypeError(f"'{name}' takes tensors it does not explain: {', '.join(unknown)}.")
+    if not 0 < len(doc["summary"]) <= SUMMARY_LENGTH:
+        raise TypeError(
+            f"The docstring of '{name}' should begin with a sentence of at most {SUMMARY_LENGTH} characters."
+        )
     keywords = [a for a in arguments if a.kind is a.KEYWORD_ONLY]
     seeded = next((a.name for a in keywords if _mark(hints[a.name], SeedMark)), None)
     parameters = {a.name: _parameter(a, hints[a.name], doc) for a in keywords if a.name != seeded}
@@ -308,11 +330,6 @@ def _read_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
 def _keywords(by: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a reduction's keyword-only arguments."""
     return tuple(a.name for a in inspect.signature(by).parameters.values() if a.kind is a.KEYWORD_ONLY)
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed for each model; a single one is spread so that no two models share a mask."""
-    return [seed + (i << 32) for i in range(count)] if isinstance(seed, int) else list(seed)
 
 
 def _stand_in(stack: Stack) -> Stack:

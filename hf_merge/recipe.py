@@ -20,9 +20,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Lt
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -30,10 +32,9 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
-from hf_merge.errors import ParameterError, RecipeError, did_you_mean
+from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import UNSET, is_filter, leaves, resolve
 from hf_merge.types import InMemory, ModelRef
@@ -58,6 +59,8 @@ def _as_model(value: Any) -> Any:
 
 Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(str)]
 Setting = Any
+Lines = Mapping[tuple[Any, ...], int]
+"""The line of every key of a recipe's file."""
 DType = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"],
     BeforeValidator(lambda value: str(value).removeprefix("torch.")),
@@ -118,7 +121,7 @@ class Recipe(_Part):
     parameters: dict[str, Setting] = {}
     dtype: DType | None = None
     out_dtype: DType | None = None
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(1 << 63)] = 0
     rules: tuple[Rule, ...] = ()
     missing: Literal["error", "base", "skip-model"] = "error"
     allow_nonfinite: bool = False
@@ -139,13 +142,6 @@ class Recipe(_Part):
             raise ValueError(f"lists '{twice[0]}' twice; give it a larger weight instead")
         return value
 
-    @model_validator(mode="after")
-    def _rules_know_their_models(self) -> Recipe:
-        strangers = [m for rule in self.rules for m in rule.models if m not in self.references]
-        if strangers:
-            raise ValueError(f"a rule names '{strangers[0]}', which is not among the models")
-        return self
-
     @classmethod
     def load(cls, source: Any, **changes: Any) -> Recipe:
         """Read a recipe and change it.
@@ -159,13 +155,13 @@ class Recipe(_Part):
             RecipeError: with the line of the file where something is wrong.
         """
         data, lines = _read(source)
-        return _validate(cls, _changed(data, changes), lines)
+        return _build(data, changes, lines)
 
     @classmethod
     def from_yaml(cls, text: str, **changes: Any) -> Recipe:
         """Read a recipe from YAML text; see `load`."""
         data, lines = load_yaml(text)
-        return _validate(cls, _changed(data, changes), lines)
+        return _build(data, changes, lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, the seed always included."""
@@ -197,7 +193,7 @@ class Recipe(_Part):
         return UNSET
 
 
-def _read(source: Any) -> tuple[dict[str, Any], Mapping[tuple[Any, ...], int]]:
+def _read(source: Any) -> tuple[dict[str, Any], Lines]:
     if isinstance(source, Recipe):
         return {name: getattr(source, name) for name in source.model_fields_set}, {}
     if isinstance(source, (str, os.PathLike)):
@@ -220,7 +216,7 @@ def in_memory(model: Any, label: str) -> Any:
     return InMemory(model, label)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], Mapping[tuple[Any, ...], int]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], Lines]:
     if path.is_dir():
         raise RecipeError(f"'{path}' is a folder, not a recipe: to merge models, pass them as a list with method=.")
     try:
@@ -229,32 +225,45 @@ def _read_file(path: Path) -> tuple[dict[str, Any], Mapping[tuple[Any, ...], int
         raise RecipeError(f"Cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Apply keyword arguments to a recipe's data: fields first, then parameters of the method."""
+def _build(data: dict[str, Any], changes: Mapping[str, Any], lines: Lines) -> Recipe:
+    """Apply keyword arguments to a recipe's data, fields first, then parameters of the method; check it all."""
     words = {KEYWORDS.get(key, key): value for key, value in changes.items() if value is not None}
     words = {key: in_memory(value, "base model") if key == "base_model" else value for key, value in words.items()}
     data = {**data, **{key: value for key, value in words.items() if key in Recipe.model_fields}}
-    given = {key: value for key, value in words.items() if key not in Recipe.model_fields and key != "parameters"}
-    if "merge_method" not in data:
+    if data.keys() == {"models"}:
         raise RecipeError("Which method? Pass method=, for example method='linear'; list_methods() names them all.")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(e, lines) for e in error.errors())) from None
+    _check_rules(recipe, lines)
+    _check_parameters(recipe, lines)
+    given = {key: value for key, value in words.items() if key not in Recipe.model_fields}
     if not given:
-        return data
-    method = get_method(data["merge_method"])
-    entries = [dict(e) if isinstance(e, (Mapping, BaseModel)) else {"model": e} for e in data.get("models") or ()]
-    data["parameters"] = dict(data.get("parameters") or {})
+        return recipe
+    changed = _with_parameters(recipe, given)
+    _check_parameters(changed, {})
+    return changed
+
+
+def _with_parameters(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """Say parameters instead of whatever was said of them before."""
+    method = get_method(recipe.merge_method)
+    entries = [dict(entry.parameters) for entry in recipe.models]
+    shared = dict(recipe.parameters)
     for name, value in given.items():
-        _set_parameter(method, name, value, entries, data["parameters"])
-    return {**data, "models": entries}
+        _set_parameter(method, name, value, entries, shared)
+    models = [e.model_copy(update={"parameters": own}) for e, own in zip(recipe.models, entries, strict=True)]
+    return recipe.model_copy(update={"models": tuple(models), "parameters": shared})
 
 
 def _set_parameter(
     method: MergeMethod, name: str, value: Any, entries: list[dict[str, Any]], shared: dict[str, Any]
 ) -> None:
-    """Say a parameter for all models, or with a list for each of them, instead of whatever was said before."""
+    """Say a parameter for all models, or with a list for each of them."""
     parameter = method.parameter(name)
-    for entry in entries:
-        entry["parameters"] = {k: v for k, v in dict(entry.get("parameters") or {}).items() if k != name}
-    shared.pop(name, None)
+    for scope in (*entries, shared):
+        scope.pop(name, None)
     plain_list = isinstance(value, (list, tuple)) and not any(is_filter(part) for part in value)
     if not (plain_list and parameter is not None and parameter.per_model):
         shared[name] = value
@@ -265,19 +274,10 @@ def _set_parameter(
             "(a gradient over layers is written in a recipe)."
         )
     for entry, own in zip(entries, value, strict=True):
-        entry["parameters"][name] = own
+        entry[name] = own
 
 
-def _validate(cls: type[Recipe], data: Any, lines: Mapping[tuple[Any, ...], int]) -> Recipe:
-    try:
-        recipe = cls.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError("\n".join(_explain(e, lines) for e in error.errors())) from None
-    _check_parameters(recipe, lines)
-    return recipe
-
-
-def _explain(error: Any, lines: Mapping[tuple[Any, ...], int]) -> str:
+def _explain(error: Any, lines: Lines) -> str:
     """Put one of pydantic's findings into words, with its line."""
     place = tuple(part for part in error["loc"] if part not in ("function-before[_as_model()]", "ModelRef", "InMemory"))
     key = place[-1] if place else "the recipe"
@@ -289,12 +289,12 @@ def _explain(error: Any, lines: Mapping[tuple[Any, ...], int]) -> str:
         return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), known)}"
     if error["type"] == "missing":
         return f"{_line(place, lines)}The recipe lacks '{key}'."
-    found = "" if place == () or isinstance(error["input"], (Mapping, list)) else f"; found {error['input']!r}"
+    found = "" if place == () or isinstance(error["input"], (Mapping, list)) else f"; found {shown(error['input'])}"
     said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{_line(place, lines)}'{'.'.join(map(str, place))}' {said}{found}."
 
 
-def _line(place: Sequence[Any], lines: Mapping[tuple[Any, ...], int]) -> str:
+def _line(place: Sequence[Any], lines: Lines) -> str:
     """Return `line N: ` for the innermost key of `place` that has one."""
     for end in range(len(place), 0, -1):
         if tuple(place[:end]) in lines:
@@ -302,7 +302,16 @@ def _line(place: Sequence[Any], lines: Mapping[tuple[Any, ...], int]) -> str:
     return ""
 
 
-def _check_parameters(recipe: Recipe, lines: Mapping[tuple[Any, ...], int]) -> None:
+def _check_rules(recipe: Recipe, lines: Lines) -> None:
+    """Check that rules name models of the recipe only."""
+    for i, rule in enumerate(recipe.rules):
+        for j, model in enumerate(rule.models):
+            if model not in recipe.references:
+                place = _line(("rules", i, "models", j), lines)
+                raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
+
+
+def _check_parameters(recipe: Recipe, lines: Lines) -> None:
     """Check every name and value of every parameter that the recipe sets."""
     method = _method_at(("merge_method",), recipe.merge_method, lines)
     rules = [_method_at(("rules", i, "merge_method"), r.merge_method or recipe.merge_method, lines)
@@ -318,7 +327,7 @@ def _check_parameters(recipe: Recipe, lines: Mapping[tuple[Any, ...], int]) -> N
                 raise ParameterError(f"{_line((*place, name), lines)}{error}") from None
 
 
-def _method_at(place: tuple[Any, ...], name: str, lines: Mapping[tuple[Any, ...], int]) -> MergeMethod:
+def _method_at(place: tuple[Any, ...], name: str, lines: Lines) -> MergeMethod:
     try:
         return get_method(name)
     except RecipeError as error:
@@ -335,12 +344,35 @@ def _check_setting(name: str, setting: Any, methods: Sequence[MergeMethod], *, i
         raise ParameterError(
             f"'{name}' of '{knowing[0].name}' is one value for all models: write it under `parameters:`."
         )
-    if isinstance(setting, Mapping) and not is_filter(setting):
+    if not _is_setting(setting):
         raise ParameterError(
-            f"'{name}' should be a value, a list or {{filter: .., value: ..}}; found {dict(setting)!r}."
+            f"'{name}' should be a value, a list of values, {{filter: .., value: ..}} or a list of these; "
+            f"found {shown(setting)}."
         )
     for value in leaves(setting):
         parameter.check(value, knowing[0].name)
+
+
+def _is_setting(setting: Any) -> bool:
+    """Tell whether a setting has one of the forms that `schedule.resolve` reads."""
+    filters = setting if isinstance(setting, (list, tuple)) and any(isinstance(s, Mapping) for s in setting) else None
+    if isinstance(setting, Mapping):
+        filters = [setting]
+    if filters is None:
+        return _is_plain(setting)
+    return all(
+        is_filter(part)
+        and set(part) <= {"filter", "value"}
+        and isinstance(part.get("filter"), (str, NoneType))
+        and _is_plain(part["value"])
+        for part in filters
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is one, or a gradient: a list of numbers, of words or of booleans."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(v, (bool, int, float, str, NoneType)) for v in values)
 
 
 def _plain(value: Any) -> Any:

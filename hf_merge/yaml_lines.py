@@ -41,23 +41,32 @@ def load_yaml(text: str, name: str = "recipe") -> tuple[dict[str, Any], dict[tup
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"'{name}' has {len(text)} characters; a recipe has a few thousand.")
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            raise RecipeError(f"'{name}' is not a recipe: it should be a mapping that begins with `merge_method:`.")
-        lines = dict(_lines(root, (), [0]))
-        return loader.construct_document(root), lines
+        return _read(text, name)
     except RecipeError:
         raise
+    except RecursionError:
+        raise RecipeError(f"'{name}' cannot be read: nested too deeply.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(f"'{name}' is not YAML: {place}{getattr(error, 'problem', None) or error}.") from None
-    except (RecursionError, ValueError) as error:
-        raise RecipeError(f"'{name}' cannot be read: {error or 'nested too deeply'}.") from None
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        # what PyYAML raises where a tag (!!bool, !!timestamp, ...) does not fit its value
+        raise RecipeError(f"'{name}' cannot be read: a value does not fit its tag ({error}).") from None
+
+
+def _read(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        lines = dict(_lines(root, (), [0])) if isinstance(root, yaml.MappingNode) else {}
+        data = loader.construct_document(root) if lines else None
     finally:
         loader.dispose()
+    if not isinstance(data, dict):
+        raise RecipeError(f"'{name}' is not a recipe: it should be a mapping that begins with `merge_method:`.")
+    return data, lines
 
 
 def _lines(node: yaml.Node, path: tuple[Any, ...], seen: list[int]) -> Iterator[tuple[tuple[Any, ...], int]]:
@@ -72,6 +81,8 @@ def _lines(node: yaml.Node, path: tuple[Any, ...], seen: list[int]) -> Iterator[
     elif isinstance(node, yaml.MappingNode):
         keys: set[str] = set()
         for key, child in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"line {key.start_mark.line + 1}: a key should be a word.")
             if key.value in keys:
                 raise RecipeError(f"line {key.start_mark.line + 1}: '{key.value}' is given twice.")
             keys.add(str(key.value))

@@ -170,7 +170,7 @@ def test_a_parameter_without_default_is_refused():
 
 
 def test_a_parameter_without_annotation_is_refused_by_name():
-    with pytest.raises(TypeError, match="'?weight'?"):
+    with pytest.raises(TypeError, match="'weight'"):
 
         @merge_method(paper=PAPER)
         def wrong(models: Models, *, weight=1.0) -> Merged:
@@ -179,7 +179,7 @@ def test_a_parameter_without_annotation_is_refused_by_name():
 
 
 def test_a_tensor_without_annotation_is_refused_by_name():
-    with pytest.raises(TypeError, match="'?moon'?"):
+    with pytest.raises(TypeError, match="'moon'"):
 
         @merge_method(paper=PAPER)
         def wrong(models: Models, moon) -> Merged:
@@ -444,7 +444,7 @@ def test_the_plan_counts_the_models_of_a_registered_method():
 
     one, two = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
     assert hf_merge.merge_state_dicts([one, two], method="pair")["w"].tolist() == [0.5, 0.5]
-    with pytest.raises(PlanError, match="'pair' takes 2 models?; found 1"):
+    with pytest.raises(PlanError, match=r"'pair' takes 2 models?; found 1"):
         hf_merge.merge_state_dicts([one], method="pair")
 
 

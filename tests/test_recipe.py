@@ -15,7 +15,7 @@ from hf_merge.schedule import UNSET
 from hf_merge.types import InMemory, ModelRef
 
 some = settings(
-    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 MERGEKIT = """
@@ -54,6 +54,8 @@ models:
 parameters:
   density: 0.5
 """
+IN_MODEL = SMALL.replace("{weight: 0.5}", "%s")
+IN_RECIPE = SMALL.replace("density: 0.5", "%s")
 
 
 def refused(text, error=RecipeError, **changes):
@@ -96,8 +98,9 @@ def test_a_recipe_of_mergekit_is_read_unchanged():
         "merge_method: linear\nmodels: [org/a, org/b@main]\n",
         "merge_method: slerp\nbase_model: org/a\nmodels: [org/b]\nparameters: {t: [0, 0.5, 1]}\nseed: 7\n"
         "out_dtype: bfloat16\nmissing: base\nallow_nonfinite: true\n",
-        "merge_method: ties\nbase_model: org/ä\nmodels: [org/a]\nrules:\n  - {pattern: '*.norm.*', merge_method: linear, "
-        "models: [org/a, org/ä], parameters: {weight: 0.25}}\n  - pattern: lm_head\n    merge_method: passthrough\n",
+        "merge_method: ties\nbase_model: org/ä\nmodels: [org/a]\nrules:\n"
+        "  - {pattern: '*.norm.*', merge_method: linear, models: [org/a, org/ä], parameters: {weight: 0.25}}\n"
+        "  - {pattern: lm_head, merge_method: passthrough}\n",
     ],
     ids=["mergekit", "small", "bare models", "all fields", "rules"],
 )
@@ -312,7 +315,9 @@ def test_changes_leave_the_recipe_they_start_from_alone():
 def test_keywords_are_checked_like_the_file():
     assert "'densty'" in refused(SMALL, ParameterError, densty=0.5)
     assert "Did you mean 'density'?" in refused(SMALL, ParameterError, densty=0.5)
-    assert "'density' of 'ties' should be less than or equal to 1; found 1.5" in refused(SMALL, ParameterError, density=1.5)
+    assert "'density' of 'ties' should be less than or equal to 1; found 1.5" in refused(
+        SMALL, ParameterError, density=1.5
+    )
     assert "found 7" in refused(SMALL, ParameterError, density=[0.5, 7])
     assert "Did you mean 'ties'?" in refused(SMALL, UnknownMethodError, method="tiess", density=0.5)
     assert "'dtype'" in refused(SMALL, dtype="float8")
@@ -379,7 +384,7 @@ def test_a_list_without_a_method_is_refused():
 
 @pytest.mark.parametrize("source", [3, None, 0.5])
 def test_something_that_is_no_recipe_is_refused(source):
-    with pytest.raises(RecipeError, match=f"A recipe is a file, a mapping or a list of models; found {type(source).__name__}"):
+    with pytest.raises(RecipeError, match=f"a mapping or a list of models; found {type(source).__name__}"):
         Recipe.load(source, method="linear")
 
 
@@ -416,6 +421,9 @@ def test_errors_of_a_file_name_the_file(tmp_path):
 # misspelt
 
 
+OF_TIES = "(it has: weight, density, normalize, rescale, lambda)"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -423,22 +431,32 @@ def test_errors_of_a_file_name_the_file(tmp_path):
         (f"{SMALL}base_modle: org/x\n", "line 9: Unknown key 'base_modle'. Did you mean 'base_model'?"),
         (f"{SMALL}paramters: {{t: 1}}\n", "line 9: Unknown key 'paramters'. Did you mean 'parameters'?"),
         (f"{SMALL}rule: []\n", "line 9: Unknown key 'rule'. Did you mean 'rules'?"),
-        (SMALL.replace("    parameters:", "    paramters:"), "line 5: Unknown key 'paramters'. Did you mean 'parameters'?"),
-        (SMALL.replace("- model: org/b", "- {model: org/b, modle: 1}"), "line 6: Unknown key 'modle'. Did you mean 'model'?"),
-        (f"{SMALL}rules:\n  - pattern: a\n  - pattern: b\n    merge_metod: linear\n",
-         "line 12: Unknown key 'merge_metod'. Did you mean 'merge_method'?"),
+        (SMALL.replace("  param", "  parma"), "line 5: Unknown key 'parmaeters'. Did you mean 'parameters'?"),
+        (
+            SMALL.replace("- model: org/b", "- {model: org/b, modle: 1}"),
+            "line 6: Unknown key 'modle'. Did you mean 'model'?",
+        ),
+        (
+            f"{SMALL}rules:\n  - pattern: a\n  - pattern: b\n    merge_metod: linear\n",
+            "line 12: Unknown key 'merge_metod'. Did you mean 'merge_method'?",
+        ),
         (f"{SMALL}rules: [{{pattern: a, modles: [org/a]}}]\n", "line 9: Unknown key 'modles'. Did you mean 'models'?"),
-        (SMALL.replace("weight: 0.5", "wieght: 0.5"), "line 5: 'ties' has no parameter 'wieght' (it has: weight, density, "
-         "normalize, rescale, lambda). Did you mean 'weight'?"),
-        (SMALL.replace("  density: 0.5", "  densty: 0.5"), "line 8: 'ties' has no parameter 'densty' (it has: weight, density, "
-         "normalize, rescale, lambda). Did you mean 'density'?"),
-        (f"{SMALL}rules: [{{pattern: a, merge_method: linear, parameters: {{wait: 1}}}}]\n",
-         "line 9: 'linear' has no parameter 'wait' (it has: weight, normalize). Did you mean 'weight'?"),
-        (SMALL.replace("method: ties", "method: tiess"), "line 1: There is no merge method 'tiess'. Did you mean 'ties'?"),
-        (f"{SMALL}rules:\n  - pattern: a\n    merge_method: passtrough\n",
-         "line 11: There is no merge method 'passtrough'. Did you mean 'passthrough'?"),
+        (IN_MODEL % "{wieght: 0.5}", f"line 5: 'ties' has no parameter 'wieght' {OF_TIES}. Did you mean 'weight'?"),
+        (IN_RECIPE % "densty: 0.5", f"line 8: 'ties' has no parameter 'densty' {OF_TIES}. Did you mean 'density'?"),
+        (
+            f"{SMALL}rules: [{{pattern: a, merge_method: linear, parameters: {{wait: 1}}}}]\n",
+            "line 9: 'linear' has no parameter 'wait' (it has: weight, normalize). Did you mean 'weight'?",
+        ),
+        (
+            SMALL.replace("method: ties", "method: tiess"),
+            "line 1: There is no merge method 'tiess'. Did you mean 'ties'?",
+        ),
+        (
+            f"{SMALL}rules:\n  - pattern: a\n    merge_method: passtrough\n",
+            "line 11: There is no merge method 'passtrough'. Did you mean 'passthrough'?",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_misspelt_word_is_refused_with_its_line_and_the_nearest(text, message):
     assert refused(text).startswith(message)
 
@@ -448,7 +466,7 @@ def test_a_misspelt_merge_method_key_is_refused_with_a_suggestion():
 
 
 def test_a_misspelt_word_of_a_filter_is_refused_and_not_taken_for_no_filter():
-    message = refused(SMALL.replace("density: 0.5", "density: [{filtr: mlp, value: 0.5}, {value: 1}]"))
+    message = refused(IN_RECIPE % "density: [{filtr: mlp, value: 0.5}, {value: 1}]")
     assert message.startswith("line 8: ")
     assert "filtr" in message
 
@@ -467,31 +485,41 @@ def test_all_findings_are_told_at_once():
 # out of range
 
 
+DTYPES = "'float16', 'bfloat16', 'float32' or 'float64'"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SMALL.replace("density: 0.5", "density: 1.5"), "line 8: 'density' of 'ties' should be less than or equal to 1; found 1.5."),
-        (SMALL.replace("density: 0.5", "density: [0.1, 0.2, -1]"), "line 8: 'density' of 'ties' should be greater than or equal to 0; found -1."),
-        (SMALL.replace("density: 0.5", "density: [{filter: mlp, value: 0.1}, {filter: q, value: [0.1, 7]}]"),
-         "line 8: 'density' of 'ties' should be less than or equal to 1; found 7."),
-        (SMALL.replace("{weight: 0.5}", "{density: 2}"), "line 5: 'density' of 'ties' should be less than or equal to 1; found 2."),
-        (SMALL.replace("{weight: 0.5}", "{weight: heavy}"), "line 5: 'weight' of 'ties' should be a valid number, unable to parse string"),
-        (SMALL.replace("{weight: 0.5}", "{weight: .nan}"), "line 5: 'weight' of 'ties' should be a finite number; found nan."),
-        (SMALL.replace("{weight: 0.5}", "{weight: -.inf}"), "line 5: 'weight' of 'ties' should be a finite number; found -inf."),
-        (SMALL.replace("{weight: 0.5}", "{weight: null}"), "line 5: 'weight' of 'ties' should be a valid number; found None."),
+        (IN_RECIPE % "density: 1.5", "line 8: 'density' of 'ties' should be less than or equal to 1; found 1.5."),
+        (
+            IN_RECIPE % "density: [0.1, 0.2, -1]",
+            "line 8: 'density' of 'ties' should be greater than or equal to 0; found -1.",
+        ),
+        (
+            IN_RECIPE % "density: [{filter: mlp, value: 0.1}, {filter: q, value: [0.1, 7]}]",
+            "line 8: 'density' of 'ties' should be less than or equal to 1; found 7.",
+        ),
+        (IN_MODEL % "{density: 2}", "line 5: 'density' of 'ties' should be less than or equal to 1; found 2."),
+        (IN_MODEL % "{weight: heavy}", "line 5: 'weight' of 'ties' should be a valid number"),
+        (IN_MODEL % "{weight: .nan}", "line 5: 'weight' of 'ties' should be a finite number; found nan."),
+        (IN_MODEL % "{weight: -.inf}", "line 5: 'weight' of 'ties' should be a finite number; found -inf."),
+        (IN_MODEL % "{weight: null}", "line 5: 'weight' of 'ties' should be a valid number; found None."),
         (f"{SMALL}  normalize: perhaps\n", "line 9: 'normalize' of 'ties' should be a valid boolean"),
         (f"{SMALL}  rescale: l3\n", "line 9: 'rescale' of 'ties' should be 'l1', 'density' or 'none'; found 'l3'."),
         (f"{SMALL}  lambda: .inf\n", "line 9: 'lambda' of 'ties' should be a finite number; found inf."),
-        (f"{SMALL}rules:\n  - pattern: a\n    merge_method: slerp\n    parameters: {{t: 1.5}}\n",
-         "line 12: 't' of 'slerp' should be less than or equal to 1; found 1.5."),
-        (f"{SMALL}dtype: float8\n", "line 9: 'dtype' should be 'float16', 'bfloat16', 'float32' or 'float64'; found 'float8'."),
-        (f"{SMALL}out_dtype: int64\n", "line 9: 'out_dtype' should be 'float16', 'bfloat16', 'float32' or 'float64'; found 'int64'."),
+        (
+            f"{SMALL}rules:\n  - pattern: a\n    merge_method: slerp\n    parameters: {{t: 1.5}}\n",
+            "line 12: 't' of 'slerp' should be less than or equal to 1; found 1.5.",
+        ),
+        (f"{SMALL}dtype: float8\n", f"line 9: 'dtype' should be {DTYPES}; found 'float8'."),
+        (f"{SMALL}out_dtype: int64\n", f"line 9: 'out_dtype' should be {DTYPES}; found 'int64'."),
         (f"{SMALL}seed: many\n", "line 9: 'seed' should be a valid integer"),
         (f"{SMALL}seed: 0.5\n", "line 9: 'seed' should be a valid integer"),
         (f"{SMALL}missing: bse\n", "line 9: 'missing' should be 'error', 'base' or 'skip-model'; found 'bse'."),
         (f"{SMALL}allow_nonfinite: perhaps\n", "line 9: 'allow_nonfinite' should be a valid boolean"),
     ],
-)  # fmt: skip
+)
 def test_a_value_out_of_range_is_refused_with_its_line(text, message):
     assert refused(text).startswith(message)
 
@@ -502,8 +530,10 @@ def test_mergekits_booleans_for_rescale_are_words():
 
 
 def test_a_parameter_of_all_models_under_a_model_is_refused():
-    message = refused(SMALL.replace("{weight: 0.5}", "{normalize: true}"), ParameterError)
-    assert message.startswith("line 5: 'normalize' of 'ties' is one value for all models: write it under `parameters:`.")
+    message = refused(IN_MODEL % "{normalize: true}", ParameterError)
+    assert message.startswith(
+        "line 5: 'normalize' of 'ties' is one value for all models: write it under `parameters:`."
+    )
 
 
 @pytest.mark.parametrize(
@@ -519,7 +549,7 @@ def test_a_parameter_of_all_models_under_a_model_is_refused():
     ],
 )
 def test_a_setting_that_cannot_be_resolved_is_refused_with_its_line(setting):
-    assert refused(SMALL.replace("density: 0.5", f"density: {setting}")).startswith("line 8: ")
+    assert refused(IN_RECIPE % f"density: {setting}").startswith("line 8: ")
 
 
 def test_a_seed_among_the_parameters_is_refused_as_it_would_have_no_effect():
@@ -530,7 +560,9 @@ def test_a_seed_among_the_parameters_is_refused_as_it_would_have_no_effect():
 
 def test_a_name_without_effect_in_mergekit_is_taken():
     assert Recipe.from_yaml(f"{SMALL}  int8_mask: true\n").parameters["int8_mask"] is True
-    assert "no parameter 'int8_mask'" in refused("merge_method: linear\nmodels: [org/a]\nparameters: {int8_mask: true}\n")
+    assert "no parameter 'int8_mask'" in refused(
+        "merge_method: linear\nmodels: [org/a]\nparameters: {int8_mask: true}\n"
+    )
 
 
 # what cannot be meant
@@ -560,7 +592,9 @@ def test_mergekits_mapping_of_model_and_lora_is_refused():
     assert message.startswith("line 3: 'models.0.model' should be a folder, a Hub id")
 
 
-@pytest.mark.parametrize("model", ["''", "'@v1'", "org/a@", "3", "[org/a]", "{}", "{revision: v1}", "null", "{path: 3}"])
+@pytest.mark.parametrize(
+    "model", ["''", "'@v1'", "org/a@", "3", "[org/a]", "{}", "{revision: v1}", "null", "{path: 3}"]
+)
 def test_what_is_no_model_is_refused(model):
     message = refused(f"merge_method: linear\nmodels:\n  - model: {model}\n")
     assert message.startswith("line 3: ")
@@ -621,7 +655,7 @@ def test_a_rule_may_name_models_and_the_base():
     [
         (f"{SMALL}seed: 1\nseed: 2\n", "line 10: 'seed' is given twice."),
         (f"{SMALL}  weight: 1\n  density: 2\n", "line 10: 'density' is given twice."),
-        (SMALL.replace("{weight: 0.5}", "{weight: 0.5, weight: 1}"), "line 5: 'weight' is given twice."),
+        (IN_MODEL % "{weight: 0.5, weight: 1}", "line 5: 'weight' is given twice."),
         (f"{SMALL}rules:\n  - pattern: a\n    pattern: b\n", "line 11: 'pattern' is given twice."),
         ('merge_method: linear\n"merge_method": slerp\n', "line 2: 'merge_method' is given twice."),
     ],
@@ -666,7 +700,9 @@ def test_what_is_nested_too_deeply_is_refused(text):
     assert refused(text).startswith("The recipe is nested or repeated beyond reason")
 
 
-@pytest.mark.parametrize("text", ["a: " + "[" * 3000, "[" * 3000, "{a: " * 3000, "- " * 3000], ids=lambda text: text[:6])
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 3000, "[" * 3000, "{a: " * 3000, "- " * 3000], ids=lambda text: text[:6]
+)
 def test_what_is_nested_beyond_the_stack_is_refused_in_words(text):
     assert refused(text) == "'recipe' cannot be read: nested too deeply."
 
@@ -682,7 +718,8 @@ def test_a_document_too_large_for_a_recipe_is_refused():
 
 
 def test_an_alias_is_as_good_as_what_it_stands_for():
-    text = "merge_method: linear\nmodels:\n  - model: org/a\n    parameters: &p {weight: 2}\n  - {model: org/b, parameters: *p}\n"
+    models = "- {model: org/a, parameters: &p {weight: 2}}\n- {model: org/b, parameters: *p}\n"
+    text = f"merge_method: linear\nmodels:\n{models}"
     assert [entry.parameters for entry in Recipe.from_yaml(text).models] == [{"weight": 2}] * 2
 
 
@@ -698,7 +735,7 @@ HOSTILE = {
     "a tagged float of nothing": SMALL + "seed: !!float ''\n",
     "a set": "!!set {merge_method, models}\n",
     "a number to the base 60 beyond floats": SMALL + "seed: " + "1:" * 200 + "1.5\n",
-    "a weight of 5000 hexadecimal digits": SMALL.replace("0.5}", "0x" + "f" * 5000 + "}"),
+    "a weight of 5000 hexadecimal digits": IN_MODEL % ("{weight: 0x" + "f" * 5000 + "}"),
     "a seed of 5000 hexadecimal digits": SMALL + "seed: 0x" + "f" * 5000 + "\n",
     "a key of 5000 hexadecimal digits": SMALL + "0x" + "f" * 5000 + ": 1\n",
 }
@@ -715,42 +752,44 @@ def test_any_text_gives_a_recipe_or_an_error_of_ours(text):
     recipe_or_our_error(text)
 
 
-PIECES = [
-    "merge_method", "linear", "ties", "slerp", "dare_ties", "nope", "models", "model", "org/a", "org/b@main", "path", "revision",
-    "base_model", "parameters", "weight", "density", "t", "normalize", "lambda", "filter", "value", "rules", "pattern", "dtype",
-    "float16", "torch.bfloat16", "seed", "slices", "missing", "base", "1e-5", "0.5", "7", "-1", ".nan", "true", "null", "~",
-    "2001-01-01", "0x1F", "'x y'", "\"\"", "*", "a+b", "!!str", "!!int", "!!float", "!!bool", "!!set", "!x", "<<", "=", "%",
-    ": ", ":\n  ", ":\n    ", "\n", "\n  ", "\n    ", "\n- ", "\n  - ", ", ", "{", "}", "[", "]", "? ", "&a ", "*a", "# c\n", "---\n", "|\n",
+WORDS = [
+    "merge_method", "models", "model", "path", "revision", "base_model", "parameters", "weight", "density", "t",
+    "lambda", "normalize", "filter", "value", "rules", "pattern", "dtype", "seed", "slices", "missing",
+    "linear", "ties", "slerp", "dare_ties", "nope", "org/a", "org/b@main", "float16", "torch.bfloat16", "base",
+    "*", "a+b", "1e-5", "0.5", "7", "-1", ".nan", "true", "null", "~", "2001-01-01", "0x1F", "'x'", "''", "=", "%",
+    "!!str", "!!int", "!!float", "!!bool", "!!set", "!x", "{", "}", "[", "]",
+    ": ", ":\n  ", ":\n    ", "\n", "\n  ", "\n    ", "\n- ", "\n  - ", ", ", "? ", "&a ", "*a", "# c\n",
+    "---\n", "|\n", "<<",
 ]  # fmt: skip
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
-@settings(some, max_examples=600)
+@given(st.lists(st.sampled_from(WORDS), max_size=30).map("".join))
+@settings(some, max_examples=400)
 def test_any_text_made_of_the_words_of_recipes_gives_a_recipe_or_an_error_of_ours(text):
     recipe_or_our_error(text)
 
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates(), st.datetimes(), st.binary(max_size=4),
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    *(st.dates(), st.datetimes(), st.binary(max_size=4)),
     st.sampled_from(["org/a", "org/b@v", "linear", "ties", "float16", "*", "mlp", "a+b"]),
-)  # fmt: skip
-keys = st.one_of(
-    st.sampled_from(["model", "path", "revision", "parameters", "weight", "density", "filter", "value", "pattern", "models"]),
-    st.sampled_from(["merge_method", "base_model", "dtype", "seed", "rules", "slices", 1, None, True, 0.5]),
 )
+keys = st.sampled_from([*WORDS[:20], 1, None, True, 0.5])
 anything = st.recursive(
-    scalars, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=3)), max_leaves=8
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=3)),
+    max_leaves=8,
 )
 
 
 @given(
     data=st.fixed_dictionaries(
         {"merge_method": st.sampled_from(["linear", "ties", "slerp", "passthrough"]), "models": anything},
-        optional={name: anything for name in ("parameters", "base_model", "dtype", "seed", "rules", "missing", "extra")},
+        optional=dict.fromkeys(("parameters", "base_model", "dtype", "seed", "rules", "missing", "extra"), anything),
     )
 )
 @example({"merge_method": "linear", "models": ["org/a"], "parameters": {"weight": {"value": []}}})
-@settings(some, max_examples=400)
+@settings(some, max_examples=120)
 def test_data_of_any_kind_gives_a_recipe_or_an_error_of_ours(data):
     recipe_or_our_error(yaml.safe_dump(data))
     recipe_or_our_error(yaml.safe_dump({**data, "models": ["org/a", "org/b"]}))

@@ -19,7 +19,7 @@ def dare_linear(
     rescale: Rescale = "l1",
     seed: Seed = each(0),
 ) -> Merged:
-    """Drop entries of each task vector at random, rescale the rest, and add them up.
+    """Drop entries of task vectors at random, rescale the rest, and add them up.
 
         d_i = m_i * (model_i - base) * factor_i,  m_i ~ Bernoulli(density_i)
         merged = base + lambda * sum_i weight_i * d_i

@@ -19,7 +19,7 @@ def dare_ties(
     rescale: Rescale = "l1",
     seed: Seed = each(0),
 ) -> Merged:
-    """Drop entries of each task vector at random, rescale, elect a sign per entry, and sum those that agree.
+    """Drop entries of task vectors at random, rescale, elect a sign per entry, and sum those that agree.
 
         d_i = m_i * (model_i - base) * factor_i,  m_i ~ Bernoulli(density_i)
         s = sign(sum_i weight_i * d_i), zero counting as +

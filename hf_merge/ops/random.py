@@ -8,18 +8,12 @@ from torch import Tensor
 _WORD = 1 << 32
 
 
-def _signed(word: int) -> int:
-    """Read the low 32 bits of `word` as a two's complement int32."""
-    word %= _WORD
-    return word - _WORD if word >= _WORD >> 1 else word
-
-
 def random_bits(seed: int, start: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw 32 uniform bits for each of the elements start .. start + numel - 1 of a tensor.
 
     The counter goes through the two multiplications of Wellons' `lowbias32` hash
-    (https://nullprogram.com/blog/2018/07/31/); the second half of the key enters between them, so that
-    streams of different seeds are not shifted copies of one another.
+    (https://nullprogram.com/blog/2018/07/31/). Half of the key is added before them and half enters between
+    them, so that streams of different seeds are not shifted copies of one another.
 
     Args:
         seed: 64 bits.
@@ -30,18 +24,37 @@ def random_bits(seed: int, start: int, numel: int, device: torch.device | str = 
     Returns:
         int32, shape (numel,).
     """
-    key = seed ^ ((start >> 32) * 0x9E3779B97F4A7C15)
+    room = _WORD - start % _WORD
+    if numel > room:  # the key changes where the low half of the index begins again
+        parts = [random_bits(seed, start, room, device), random_bits(seed, start + room, numel - room, device)]
+        return torch.cat(parts)
+    key = _mixed(_mixed(seed) + (start >> 32))
     x = torch.arange(numel, dtype=torch.int32, device=device).add_(_signed(start + key))
     half = torch.empty_like(x)
-    for shift, kept, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B)):
-        x.bitwise_xor_(torch.bitwise_right_shift(x, shift, out=half).bitwise_and_(kept))
-        x.mul_(_signed(factor)).bitwise_xor_(_signed(key >> 32))
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=half).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    x.bitwise_xor_(_signed(key >> 32))
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=half).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
     return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=half).bitwise_and_(0xFFFF))
 
 
 def bernoulli(seed: int, probability: float, like: Tensor, start: int = 0) -> Tensor:
     """Draw a boolean mask that is true with `probability`, one bit for each element of `like`."""
-    if probability >= 1 or probability <= 0:
-        return torch.full(like.shape, probability >= 1, dtype=torch.bool, device=like.device)
+    threshold = round(probability * _WORD)
+    if not 0 < threshold < _WORD:
+        return torch.full(like.shape, threshold > 0, dtype=torch.bool, device=like.device)
     bits = random_bits(seed, start, like.numel(), like.device)
-    return (bits < round(probability * _WORD) - (_WORD >> 1)).view(like.shape)
+    return (bits < threshold - (_WORD >> 1)).view(like.shape)
+
+
+def _mixed(key: int) -> int:
+    """Spread a key over 64 bits, as Steele, Lea and Flood's SplitMix64 does (https://doi.org/10.1145/2660193.2660195)."""
+    key = (key + 0x9E3779B97F4A7C15) % (1 << 64)
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB % (1 << 64)
+    return key ^ (key >> 31)
+
+
+def _signed(word: int) -> int:
+    """Read the low 32 bits of `word` as a two's complement int32."""
+    word %= _WORD
+    return word - _WORD if word >= _WORD >> 1 else word

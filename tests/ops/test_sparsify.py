@@ -126,20 +126,19 @@ def test_where_all_are_equal_exactly_the_first_ones_are_kept(dtype, numel, size,
 def test_thresholds_do_not_depend_on_the_tiles(dtype):
     for numel in (1000, 70_000):
         tensor = few_levels(numel, dtype)
-        found = {
-            magnitude_thresholds(split([tensor], size), density=[0.3])[0] for size in (numel, numel // 2, numel // 9)
-        }
+        sizes = (numel, numel // 2, numel // 9)
+        found = {magnitude_thresholds(split([tensor], size), density=[0.5])[0] for size in sizes}
         assert len(found) == 1
-        assert found.pop().bits == int(magnitude_bits(tensor).max())
+        assert found.pop().bits == int(magnitude_bits(torch.tensor(2.0, dtype=dtype)))
 
 
 @each_dtype
-@pytest.mark.parametrize("numel", [500, 66_000])
+@pytest.mark.parametrize("numel", [500, 65_600])
 def test_every_model_has_its_own_threshold(dtype, numel):
     models = [gaussian(numel, dtype), few_levels(numel, dtype), near_one(numel, dtype), all_equal(numel, dtype)]
     density = [0.1, 0.6, 0.35, 0.5]
-    together = magnitude_thresholds(split(models, 7_777), density=density)
-    alone = [magnitude_thresholds(split([m], 7_777), density=[d])[0] for m, d in zip(models, density, strict=True)]
+    together = magnitude_thresholds(split(models, 33_333), density=density)
+    alone = [magnitude_thresholds(split([m], 33_333), density=[d])[0] for m, d in zip(models, density, strict=True)]
     assert together == alone
     assert len(set(together)) == 4
 
