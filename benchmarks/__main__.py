@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,6 @@ METHODS = "linear,slerp,task_arithmetic,ties,dare_ties,passthrough"
 DENSITY = 0.5
 
 _MERGE = "import hf_merge, json, sys; hf_merge.merge(json.loads(sys.argv[1]), sys.argv[2])"
-_PLAN = "import hf_merge, json, sys; hf_merge.plan(json.loads(sys.argv[1]))"
 _SLOPE = """
 import hf_merge, json, sys, time
 times = []
@@ -42,15 +42,7 @@ print(json.dumps(times[1:]))
 
 @dataclass
 class Case:
-    """A row of the table.
-
-    Attributes:
-        name: of the row.
-        run: measures it once.
-        floor: measures its floor once, if it has one.
-        runs: of the case.
-        floors: of its floor, in the same order.
-    """
+    """A row of the table: what is measured, its floor if it has one, and the runs of both in the same order."""
 
     name: str
     run: Callable[[], Run]
@@ -73,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 case.floors += [case.floor()] if case.floor else []
                 case.runs.append(case.run())
         slope = _slope(options, Path(scratch)) if options.tiny_tensors else {}
-    text = "\n\n".join([_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slope))] if slope else [])])
+    tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slope))] if slope else [])]
+    text = "\n\n".join(tables)
     print(text)
     if options.json:
         done = [{"case": c.name, "runs": [*map(asdict, c.runs)], "floors": [*map(asdict, c.floors)]} for c in cases]
-        options.json.write_text(
-            json.dumps({"options": vars(options), "cases": done, "slope": slope}, default=str, indent=1)
-        )
+        content = {"options": vars(options), "cases": done, "slope": slope}
+        options.json.write_text(json.dumps(content, default=str, indent=1))
     return text
 
 
@@ -111,9 +103,7 @@ def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
     cases += [_merge_case(method, _recipe(method, large), scratch) for method in options.methods]
     if options.tiny_tensors:
         recipe = _recipe("linear", _tiny(options, options.tiny_tensors))
-        label = f"{options.tiny_tensors:,} tiny tensors"
-        cases.append(Case(f"plan of {label}", lambda: run_python(_PLAN, json.dumps(recipe))))
-        cases.append(_merge_case(label, recipe, scratch))
+        cases.append(_merge_case(f"{options.tiny_tensors:,} tiny tensors", recipe, scratch))
     return cases
 
 
@@ -159,19 +149,22 @@ def _slope(options: argparse.Namespace, scratch: Path) -> dict[int, list[float]]
 
 def _rows(cases: Sequence[Case]) -> list[list[str]]:
     """Medians of every case; ratios are taken run by run, between neighbours in time."""
-    torch, api = (median(run.wall for run in case.runs) for case in cases[:2]), cases[1]
-    torch_wall = next(torch)
+    torch, api, *merges = cases
     footprint = median(run.anonymous for run in api.runs)
-    rows = []
-    for case in cases:
-        anonymous = median(run.anonymous for run in case.runs) - (footprint if case not in cases[:2] else 0)
-        row = [median(run.wall for run in case.runs), median(run.cpu for run in case.runs)]
-        pairs = list(zip(case.runs, case.floors, strict=False))
-        ratios = [median((r.wall - less) / f.wall for r, f in pairs) for less in (0, torch_wall) if pairs]
-        floor = [median(run.wall for run in case.floors)] if pairs else []
-        cells = [f"{row[0]:.2f}", f"{row[1]:.2f}", f"{anonymous / 1e6:.0f}", *(f"{v:.2f}" for v in (*floor, *ratios))]
-        rows.append([case.name, *cells, *["-"] * (len(COLUMNS) - 1 - len(cells))])
+    rows = [[*_cells(case, 0), "-", "-", "-"] for case in (torch, api)]
+    for case in merges:
+        pairs = list(zip(case.runs, case.floors, torch.runs, strict=True))
+        floor = median(run.wall for run in case.floors)
+        ratios = [median(run.wall / floor.wall for run, floor, _ in pairs)]
+        ratios += [median((run.wall - imported.wall) / floor.wall for run, floor, imported in pairs)]
+        rows.append([*_cells(case, footprint), f"{floor:.2f}", *(f"{ratio:.2f}" for ratio in ratios)])
     return rows
+
+
+def _cells(case: Case, footprint: float) -> list[str]:
+    wall, cpu = median(run.wall for run in case.runs), median(run.cpu for run in case.runs)
+    anonymous = median(run.anonymous for run in case.runs) - footprint
+    return [case.name, f"{wall:.2f}", f"{cpu:.2f}", f"{anonymous / 1e6:.0f}"]
 
 
 def _slope_rows(slope: dict[int, list[float]]) -> list[list[str]]:

@@ -39,8 +39,8 @@ def llama_shapes(hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
     feed = {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in (f"model.layers.{i}" for i in range(layers)):
-        shapes |= {f"{layer}.self_attn.{name}.weight": shape for name, shape in attention.items()}
-        shapes |= {f"{layer}.mlp.{name}.weight": shape for name, shape in feed.items()}
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": shape for name, shape in feed.items()}
         shapes |= {f"{layer}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
     return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
@@ -51,13 +51,7 @@ def tiny_shapes(count: int) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoints(folder: Path, shapes: Shapes, models: int) -> list[Path]:
-    """Return the folders of a base and of `models` fine-tunes; those that an earlier call made are kept.
-
-    Args:
-        folder: where they are, one folder for each set of shapes.
-        shapes: of every tensor.
-        models: how many fine-tunes.
-    """
+    """Return the folders of a base and of `models` fine-tunes in `folder`; those that an earlier call made are kept."""
     paths = [folder / ("base" if i == 0 else f"model-{i}") for i in range(models + 1)]
     for i, path in enumerate(paths):
         if not (path / "config.json").is_file():

@@ -84,12 +84,7 @@ os.fsync(target)
 
 
 def run_floor(inputs: Sequence[Path], output: Path) -> Run:
-    """Read every weight of some checkpoints once and write as many bytes as one of them has, with no arithmetic.
-
-    Args:
-        inputs: their folders.
-        output: the file to write; it is removed.
-    """
+    """Read the weights of all `inputs` once and write as many bytes as one of them has; `output` is removed again."""
     files = [sorted(folder.glob("*.safetensors")) for folder in inputs]
     size = sum(file.stat().st_size for file in files[0])
     done = run_python(_FLOOR, str(output), str(size), *(str(file) for held in files for file in held))

@@ -28,12 +28,32 @@ def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
 
 def pipeline_tag(architecture: str) -> str | None:
     """Return the Hub's task of a model class: `text-generation` for LlamaForCausalLM."""
-    from transformers.modelcard import TASK_MAPPING
+    from transformers.models.auto import modeling_auto  # transformers.modelcard has the table, and imports the trainer
 
-    for tag, mapping in TASK_MAPPING.items():
-        if architecture in _flat(mapping.values()):
+    for tag, words in _TASKS.items():
+        tables = [getattr(modeling_auto, f"MODEL_FOR_{word}_MAPPING_NAMES") for word in words]
+        if any(architecture in _flat(table.values()) for table in tables):
             return tag
     return None
+
+
+_TASKS = {
+    "text-generation": ["CAUSAL_LM"],
+    "image-classification": ["IMAGE_CLASSIFICATION"],
+    "image-segmentation": ["IMAGE_SEGMENTATION"],
+    "fill-mask": ["MASKED_LM"],
+    "object-detection": ["OBJECT_DETECTION"],
+    "question-answering": ["QUESTION_ANSWERING"],
+    "text2text-generation": ["SEQ_TO_SEQ_CAUSAL_LM"],
+    "text-classification": ["SEQUENCE_CLASSIFICATION"],
+    "table-question-answering": ["TABLE_QUESTION_ANSWERING"],
+    "token-classification": ["TOKEN_CLASSIFICATION"],
+    "audio-classification": ["AUDIO_CLASSIFICATION"],
+    "automatic-speech-recognition": ["CTC", "SPEECH_SEQ_2_SEQ"],
+    "zero-shot-image-classification": ["ZERO_SHOT_IMAGE_CLASSIFICATION"],
+    "image-text-to-text": ["IMAGE_TEXT_TO_TEXT"],
+}
+"""transformers.modelcard.TASK_MAPPING: tags, and the words of modeling_auto's tables that hold their classes."""
 
 
 def _flat(values: Any) -> list[str]:

@@ -24,6 +24,8 @@ from hf_merge.types import Stack
 
 Tensors = Mapping[str, Tensor]
 
+_KEPT = 1 << 24  # bytes; fresh memory costs more than the arithmetic on it
+
 
 class Write(Protocol):
     """Takes a run of a tensor's elements, in the dtype that is written; called from several threads."""
@@ -52,6 +54,7 @@ def execute(
         ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
     """
     steps = [step for step in plan.steps if not skip(step.name)]
+    torch.empty(_KEPT, dtype=torch.uint8)  # never touched; once it is freed, glibc keeps freed blocks up to this size
     scratch = local()
     stop = Event()
 
@@ -78,7 +81,7 @@ def compute(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
     return merged
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Inputs:
     """The flattened inputs of a step, as tiles: as often as they are asked for."""
 
@@ -96,6 +99,7 @@ class _Inputs:
         size = numel if self.whole else TILE
         for start in range(0, numel, size):
             yield self._load(start, min(size, numel - start))
+        self.check = False  # all of it has been seen: later passes need not look again
 
     def _load(self, start: int, size: int) -> Stack:
         """Copy a tile of every input into kept buffers, in the dtype of the arithmetic."""
@@ -110,7 +114,7 @@ class _Inputs:
             model.sub_(buffers[-1])
         shape = self.step.spec.shape if self.whole else (size,)
         views = [model.view(shape) for model in models]
-        return Stack(views, start=start, base=None if base is None else base.view(shape))
+        return Stack(views, start=start, base=None if base is None else base.view(shape), whole=self.step.spec.numel)
 
     def _base_list(self) -> list[Tensor]:
         return [] if self.base is None else [self.base]
@@ -156,7 +160,7 @@ def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) 
         if method.space == "deltas" and tile.base is not None:
             merged = torch.add(tile.base, merged, alpha=step.settings[LAMBDA.name])
         rounded = _rounded(merged, step.spec.dtype)
-        if inputs.check and not _finite(rounded):
+        if not plan.recipe.allow_nonfinite and not _finite(rounded):
             raise ComputeError("the result has NaN or Inf; set allow_nonfinite: true to let it pass")
         yield tile.start, rounded
 

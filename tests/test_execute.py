@@ -167,7 +167,7 @@ print((peak[0] - before) // 1024)
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp"])
 def test_peak_memory_depends_neither_on_the_tensor_nor_on_the_model(method, tmp_path):
     peaks = []
-    for tensors in (1, 6):
+    for tensors in (3, 9):  # every worker is busy in both
         folder = tmp_path / str(tensors)
         folder.mkdir()
         for seed, name in enumerate(("base", "a")):

@@ -36,7 +36,12 @@ _TO_THE_END = (1 << 63) - 1
 
 def magnitude_bits(tensor: Tensor) -> Tensor:
     """Return |tensor| as integers of the same order (int32 for float32, int64 for float64)."""
-    return tensor.abs().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
+    return tensor.abs().view(_words(tensor))
+
+
+def _words(tensor: Tensor) -> torch.dtype:
+    """The integers that are as wide as a tensor's floats."""
+    return torch.int64 if tensor.dtype == torch.float64 else torch.int32
 
 
 def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Threshold]:
@@ -49,7 +54,7 @@ def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Thre
         tiles: one tensor of every model, float32 or float64.
         density: fraction to keep, one for each model; >= 1 keeps all, <= 0 none.
     """
-    size = sum(tile[0].numel() for tile in tiles) if any(0 < d < 1 for d in density) else 0
+    size = next((tile.whole for tile in tiles), 0) if any(0 < d < 1 for d in density) else 0
     ranks = {i: max(1, int(d * size)) for i, d in enumerate(density) if 0 < d < 1 and size}
     found = _kth_largest(tiles, ranks, size)
     return [found.get(i, KEEP_ALL if d > 0 else KEEP_NONE) for i, d in enumerate(density)]
@@ -61,19 +66,26 @@ def keep_largest(delta: Tensor, threshold: Threshold, start: int = 0) -> Tensor:
         return delta
     if threshold == KEEP_NONE:
         return torch.zeros_like(delta)
-    bits = magnitude_bits(delta)
-    kept = bits > threshold.bits if threshold.last < start else bits >= threshold.bits
+    kept = _above(delta, threshold.bits if threshold.last < start else threshold.bits - 1)
     if start <= threshold.last < start + delta.numel():
         beyond = slice(threshold.last + 1 - start, None)
-        kept.view(-1)[beyond] = bits.view(-1)[beyond] > threshold.bits
-    return torch.where(kept, delta, 0)
+        kept.view(-1)[beyond] = _above(delta.view(-1)[beyond], threshold.bits)
+    return kept
+
+
+def _above(delta: Tensor, bits: int) -> Tensor:
+    """Zero the magnitudes up to the one with these bits. (A boolean mask would cost thirty times as much.)"""
+    if bits < 0:
+        return delta.clone()
+    level = torch.tensor(bits, dtype=_words(delta)).view(delta.dtype).item()
+    return torch.nn.functional.hardshrink(delta, level)
 
 
 def keep_random(delta: Tensor, density: float, seed: int, start: int = 0) -> Tensor:
     """Keep each entry of a task vector's tile with probability `density`."""
     if density >= 1:
         return delta
-    return torch.where(bernoulli(seed, density, delta, start), delta, 0)
+    return delta.view(_words(delta)).bitwise_and(bernoulli(seed, density, delta, start)).view(delta.dtype)
 
 
 def rescale_factors(
@@ -173,7 +185,8 @@ def _digit_counts(bits: Tensor, prefix: int, shift: int, bins: int, width: int) 
     """Count the digits at `shift` of the magnitudes that begin with `prefix`."""
     digits = bits.flatten() >> shift
     if bins << shift < 1 << width:
-        digits = digits[digits.bitwise_right_shift(bins.bit_length() - 1) == prefix].bitwise_and_(bins - 1)
+        near = digits.bitwise_right_shift(bins.bit_length() - 1).eq_(prefix).nonzero().flatten()
+        digits = digits[near].bitwise_and_(bins - 1)
     return torch.bincount(digits, minlength=bins).cpu()
 
 
@@ -189,8 +202,10 @@ def _index_of_equal(tiles: Tiles, prefix: dict[int, int], split: dict[int, int])
     seen, last = dict.fromkeys(split, 0), {}
     for tile in tiles if split else ():
         for i in split.keys() - last.keys():
-            places = (magnitude_bits(tile[i]).flatten() == prefix[i]).nonzero().flatten()
+            places = magnitude_bits(tile[i]).flatten().eq_(prefix[i]).nonzero().flatten()
             if seen[i] + len(places) >= split[i]:
                 last[i] = tile.start + int(places[split[i] - seen[i] - 1])
             seen[i] += len(places)
+        if len(last) == len(split):
+            break
     return last

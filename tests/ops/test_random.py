@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_merge.ops.random import bernoulli, random_bits
+from hf_merge.ops import random as counter
+from hf_merge.ops.random import random_bits
 
 WORD = 1 << 32
 SEEDS = [0, 1, 2, 12345, WORD - 1, WORD, (7 << 32) + 5, (1 << 63) + 99, (1 << 64) - 1]
@@ -14,6 +15,13 @@ SEEDS = [0, 1, 2, 12345, WORD - 1, WORD, (7 << 32) + 5, (1 << 63) + 99, (1 << 64
 def uniform(seed, numel, start=0):
     """The bits as numbers in [0, 1)."""
     return (random_bits(seed, start, numel).to(torch.float64) + WORD / 2) / WORD
+
+
+def bernoulli(*arguments, **keywords):
+    """The mask as booleans; every bit of an integer must be like the others."""
+    mask = counter.bernoulli(*arguments, **keywords)
+    assert mask.dtype == torch.int32 and bool(((mask == 0) | (mask == -1)).all())
+    return mask != 0
 
 
 def correlation(x, y):

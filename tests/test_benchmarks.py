@@ -1,0 +1,35 @@
+"""The benchmark command runs at a tiny size; nothing is timed here but what it prints."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.__main__ import COLUMNS, SLOPE_COLUMNS, main
+
+
+def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
+    numbers = ["--hidden", "64", "--layers", "1", "--models", "2", "--runs", "1", "--tiny-tensors", "12"]
+    places = ["--folder", str(tmp_path), "--json", str(tmp_path / "runs.json")]
+    text = main([*numbers, *places, "--methods", "linear"])
+    assert capsys.readouterr().out.strip() == text
+    table, slope = (read_table(part) for part in text.split("\n\n"))
+    assert list(table[0]) == list(COLUMNS) and list(slope[0]) == list(SLOPE_COLUMNS)
+    assert [row["case"] for row in table] == ["import torch", "import hf_merge.api", "linear, 2", "12 tiny tensors, 2"]
+    assert all(float(row["wall / floor"]) > 0 for row in table[2:])
+    assert [row["tensors"] for row in slope] == ["3", "6", "12"]
+    assert all(float(row["merge s"]) > 0 for row in slope)
+    assert [case["case"] for case in json.loads((tmp_path / "runs.json").read_text())["cases"]] == [
+        r["case"] for r in table
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "llama-64x1",
+        "runs.json",
+        "tiny-12",
+        "tiny-3",
+        "tiny-6",
+    ]
+
+
+def read_table(markdown: str) -> list[dict[str, str]]:
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
