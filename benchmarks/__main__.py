@@ -81,7 +81,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, help="its width instead, a multiple of 8")
     parser.add_argument("--layers", type=int, help="its number of layers instead")
     parser.add_argument("--models", type=int, default=2, help="how many fine-tunes are merged")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS.split(","), metavar="A,B")
+    parser.add_argument("--methods", type=_words, default=_words(METHODS), metavar="A,B")
     parser.add_argument("--runs", type=int, default=5, help="of every row")
     parser.add_argument("--tiny-tensors", type=int, default=5000, help="of the checkpoint of tiny tensors; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
@@ -93,13 +93,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
 def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
     """Make the checkpoints and say what is measured on them."""
     name = f"llama-{options.hidden}x{options.layers}"
     large = checkpoints(options.folder / name, llama_shapes(options.hidden, options.layers), options.models)
-    cases = [
-        Case(f"import {module}", lambda m=module: run_python(f"import {m}")) for module in ("torch", "hf_merge.api")
-    ]
+    imports = [f"import {module}" for module in ("torch", "hf_merge.api")]
+    cases = [Case(code, partial(run_python, code)) for code in imports]
     cases += [_merge_case(method, _recipe(method, large), scratch) for method in options.methods]
     if options.tiny_tensors:
         recipe = _recipe("linear", _tiny(options, options.tiny_tensors))

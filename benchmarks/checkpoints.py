@@ -10,14 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-SIZES = {
-    "30M": (384, 16),
-    "100M": (768, 12),
-    "300M": (1024, 24),
-    "1.1B": (2048, 22),
-    "3B": (3072, 28),
-    "7B": (4096, 38),
-}
+SIZES = {"100M": (768, 12), "300M": (1024, 24), "1.1B": (2048, 22), "3B": (3072, 28), "7B": (4096, 38)}
 """Hidden width and number of layers."""
 
 _SHARDS = 3
@@ -30,13 +23,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def llama_shapes(hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
     """Name the tensors of a Llama with a quarter of its heads for keys and values, as its checkpoint does."""
     mlp, heads, vocabulary = hidden * 11 // 4, hidden // 8, min(32000, 16 * hidden)
-    attention = {
-        "q_proj": (hidden, hidden),
-        "k_proj": (heads, hidden),
-        "v_proj": (heads, hidden),
-        "o_proj": (hidden, hidden),
-    }
-    feed = {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
+    attention = {"q": (hidden, hidden), "k": (heads, hidden), "v": (heads, hidden), "o": (hidden, hidden)}
+    feed = {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in (f"model.layers.{i}" for i in range(layers)):
         shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
@@ -104,4 +92,4 @@ def _values(name: str, numel: int, fine_tune: int) -> Iterator[memoryview]:
         values = torch.randn(size, generator=drawn).mul_(_SPREAD)
         if fine_tune:
             values.add_(torch.randn(size, generator=changed), alpha=_DELTA)
-        yield memoryview(values.bfloat16().view(torch.uint8).numpy())
+        yield values.bfloat16().view(torch.uint8).numpy().data

@@ -114,7 +114,7 @@ class _Inputs:
             model.sub_(buffers[-1])
         shape = self.step.spec.shape if self.whole else (size,)
         views = [model.view(shape) for model in models]
-        return Stack(views, start=start, base=None if base is None else base.view(shape), whole=self.step.spec.numel)
+        return Stack(views, start=start, base=None if base is None else base.view(shape))
 
     def _base_list(self) -> list[Tensor]:
         return [] if self.base is None else [self.base]

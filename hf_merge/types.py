@@ -24,19 +24,14 @@ class Stack(tuple[Tensor, ...]):
     Attributes:
         start: index of the first element in its tensor.
         base: the base model's weight for these elements, if the recipe has a base.
-        whole: how many elements the whole tensor has.
     """
 
     start: int
     base: Tensor | None
-    whole: int
 
-    def __new__(
-        cls, tensors: Iterable[Tensor], *, start: int = 0, base: Tensor | None = None, whole: int | None = None
-    ) -> Stack:
+    def __new__(cls, tensors: Iterable[Tensor], *, start: int = 0, base: Tensor | None = None) -> Stack:
         stack = super().__new__(cls, tensors)
         stack.start, stack.base = start, base
-        stack.whole = stack[0].numel() if whole is None else whole
         return stack
 
 

@@ -361,12 +361,10 @@ def test_a_method_runs_on_the_meta_device(method, with_base, data):
 def split(models, base, size):
     """Tiles of a flattened tensor, as the executor makes them."""
     flat = [model.flatten() for model in models]
-    whole, below = flat[0].numel(), None if base is None else base.flatten()
+    below = None if base is None else base.flatten()
     return [
-        Stack(
-            [f[i : i + size] for f in flat], start=i, base=None if below is None else below[i : i + size], whole=whole
-        )
-        for i in range(0, whole, size)
+        Stack([f[i : i + size] for f in flat], start=i, base=None if below is None else below[i : i + size])
+        for i in range(0, flat[0].numel(), size)
     ]
 
 

@@ -54,9 +54,7 @@ def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Thre
         tiles: one tensor of every model, float32 or float64.
         density: fraction to keep, one for each model; >= 1 keeps all, <= 0 none.
     """
-    size = next((tile.whole for tile in tiles), 0) if any(0 < d < 1 for d in density) else 0
-    ranks = {i: max(1, int(d * size)) for i, d in enumerate(density) if 0 < d < 1 and size}
-    found = _kth_largest(tiles, ranks, size)
+    found = _kth_largest(tiles, {i: d for i, d in enumerate(density) if 0 < d < 1})
     return [found.get(i, KEEP_ALL if d > 0 else KEEP_NONE) for i, d in enumerate(density)]
 
 
@@ -143,42 +141,55 @@ def _scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-def _kth_largest(tiles: Tiles, ranks: dict[int, int], size: int) -> dict[int, Threshold]:
-    """Select for each model i the ranks[i]-th largest magnitude out of `size`."""
-    if not ranks:
+def _kth_largest(tiles: Tiles, density: dict[int, float]) -> dict[int, Threshold]:
+    """Select for each model i the largest magnitude of which max(1, int(density[i] * N)) are at least as large."""
+    first = next(iter(tiles), None) if density else None
+    if first is None or not first[0].numel():
         return {}
-    prefix, wanted = dict.fromkeys(ranks, 0), dict(ranks)
-    if size <= _FEW:
-        whole = {i: torch.cat([magnitude_bits(tile[i]).flatten() for tile in tiles]) for i in ranks}
-        for i, bits in whole.items():
-            prefix[i] = int(bits.kthvalue(size - ranks[i] + 1).values)
-            wanted[i] = ranks[i] - int((bits > prefix[i]).sum())
-        equal = {i: int((bits == prefix[i]).sum()) for i, bits in whole.items()}
-    else:
-        equal = _radix_select(tiles, prefix, wanted)
-    last = dict.fromkeys(ranks, _TO_THE_END)
-    split = {i: wanted[i] for i in ranks if wanted[i] < equal[i]}
+    select = _sort_out if first[0].numel() <= _FEW else _radix_select
+    prefix, wanted, equal = select(tiles, density)
+    last = dict.fromkeys(density, _TO_THE_END)
+    split = {i: wanted[i] for i in density if wanted[i] < equal[i]}
     last |= _index_of_equal(tiles, prefix, split)
-    return {i: Threshold(prefix[i], last[i]) for i in ranks}
+    return {i: Threshold(prefix[i], last[i]) for i in density}
 
 
-def _radix_select(tiles: Tiles, prefix: dict[int, int], wanted: dict[int, int]) -> dict[int, int]:
-    """Refine `prefix` (leading bits of the wanted magnitude) digit by digit; return how many entries equal it.
+_Found = tuple[dict[int, int], dict[int, int], dict[int, int]]
+"""By model: a magnitude's bits, how many of the entries that equal it are kept, and how many there are."""
 
-    On return `wanted[i]` is how many of the entries equal to prefix[i] are still to be kept.
-    """
+
+def _sort_out(tiles: Tiles, density: dict[int, float]) -> _Found:
+    """Find the magnitudes of a small tensor at once."""
+    prefix, wanted, equal = {}, {}, {}
+    for i, share in density.items():
+        bits = torch.cat([magnitude_bits(tile[i]).flatten() for tile in tiles])
+        rank = _rank(share, len(bits))
+        prefix[i] = int(bits.kthvalue(len(bits) - rank + 1).values)
+        wanted[i] = rank - int((bits > prefix[i]).sum())
+        equal[i] = int((bits == prefix[i]).sum())
+    return prefix, wanted, equal
+
+
+def _radix_select(tiles: Tiles, density: dict[int, float]) -> _Found:
+    """Find the leading bits of the magnitudes digit by digit, each in one pass over the tiles."""
     width = next(iter(tiles))[0].dtype.itemsize * 8 - 1
+    prefix, wanted = dict.fromkeys(density, 0), {}
     counts: dict[int, Tensor] = {}
     for shift in reversed(range(0, width, _DIGIT)):
         bins = 1 << min(_DIGIT, width - shift)
-        counts = {i: torch.zeros(bins, dtype=torch.int64) for i in prefix}
+        counts = {i: torch.zeros(bins, dtype=torch.int64) for i in density}
         for tile in tiles:
-            for i in prefix:
+            for i in density:
                 counts[i] += _digit_counts(magnitude_bits(tile[i]), prefix[i], shift, bins, width)
+        wanted = wanted or {i: _rank(share, int(counts[i].sum())) for i, share in density.items()}
         for i, count in counts.items():
             digit, above = _bin_of_rank(count, wanted[i])
             prefix[i], wanted[i] = prefix[i] * bins + digit, wanted[i] - above
-    return {i: int(count[prefix[i] % len(count)]) for i, count in counts.items()}
+    return prefix, wanted, {i: int(count[prefix[i] % len(count)]) for i, count in counts.items()}
+
+
+def _rank(density: float, size: int) -> int:
+    return max(1, int(density * size))
 
 
 def _digit_counts(bits: Tensor, prefix: int, shift: int, bins: int, width: int) -> Tensor:

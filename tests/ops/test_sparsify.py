@@ -29,7 +29,7 @@ each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=["float32", "float64"]
 def split(tensors, size):
     """Tiles of flat tensors."""
     whole = tensors[0].numel()
-    return [Stack([t[i : i + size] for t in tensors], start=i, whole=whole) for i in range(0, whole, size)]
+    return [Stack([t[i : i + size] for t in tensors], start=i) for i in range(0, whole, size)]
 
 
 def trimmed(tensor, density, size):
