@@ -149,7 +149,8 @@ PEAK = """
 import sys, threading, time, torch, hf_merge, hf_merge.api
 from pathlib import Path
 def anonymous():
-    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 hf_merge.merge_state_dicts([{"x": torch.ones(9)}] * 1, method="linear")
 before, peak, stop = anonymous(), [0], []
 def watch():
