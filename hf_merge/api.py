@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from hf_merge.card import merged_card, public_recipe
+from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError
 from hf_merge.execute import execute
 from hf_merge.placement import DeviceMap, place
@@ -129,7 +129,7 @@ def merge(
         RecipeError, SourceError, PlanError: before anything is written.
         ComputeError, OutputError: nothing appears at `output`.
     """
-    target = Path(output).expanduser()
+    target = Path(os.path.abspath(os.path.expanduser(output)))
     refuse_existing(target, overwrite=overwrite)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     made, sources = _prepare(recipe, changes, device_map, max_shard_size, hub)
@@ -181,7 +181,7 @@ def _prepare(
     """Recipe -> Sources -> Plan."""
     loaded = Recipe.load(recipe, **changes)
     sources = open_sources(loaded.references, **hub)
-    made = make_plan(loaded, sources, max_shard_size=max_shard_size, workers=torch.get_num_threads())
+    made = make_plan(loaded, sources, max_shard_size=max_shard_size)
     return place(made, device_map), list(sources.values())
 
 
@@ -206,9 +206,9 @@ def _write_companions(
     made: Plan, sources: list[Source], folder: Path, *, name: str, card_template: str | Path | None
 ) -> None:
     """Write what belongs to the model beside its weights: tokenizer, recipe and card, and config.json last."""
-    donor = sources[made.donor]
+    donor, by_model = sources[made.donor], dict(zip(made.models, sources, strict=True))
     donor.write_companions(folder)
-    (folder / RECIPE_FILE).write_text(made.recipe.to_yaml(), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(pinned_recipe(made.recipe, by_model).to_yaml(), encoding="utf-8")
     files = [path.name for path in folder.iterdir()]
     merged_card(made, sources, name, files=files, template=card_template).save(folder / "README.md")
     if donor.config:

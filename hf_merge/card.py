@@ -56,20 +56,20 @@ def merged_card(
     )
 
 
+def pinned_recipe(recipe: Recipe, sources: Mapping[ModelRef | InMemory, Source]) -> Recipe:
+    """Return the recipe with the commit of every model of the Hub."""
+    pinned = {model: _pinned(source) for model, source in sources.items() if source.public_id}
+    return recipe.renamed(pinned)
+
+
 def public_recipe(recipe: Recipe, sources: Mapping[ModelRef | InMemory, Source]) -> Recipe:
     """Return the recipe as others may see it: commits pinned, and of local paths only the last part."""
-    seen = {model: _public_ref(model, source) for model, source in sources.items()}
-    models = [entry.model_copy(update={"model": seen[entry.model]}) for entry in recipe.models]
-    rules = [rule.model_copy(update={"models": tuple(seen[m] for m in rule.models)}) for rule in recipe.rules]
-    base = None if recipe.base_model is None else seen[recipe.base_model]
-    changed = {"models": tuple(models), "rules": tuple(rules), "base_model": base}
-    return recipe.model_copy(update={key: value for key, value in changed.items() if value})
+    local = {model: ModelRef(path=_local_name(model)) for model, source in sources.items() if not source.public_id}
+    return pinned_recipe(recipe, sources).renamed(local)
 
 
-def _public_ref(model: ModelRef | InMemory, source: Source) -> ModelRef:
-    if source.public_id:
-        return ModelRef(path=source.public_id, revision=source.revision)
-    return ModelRef(path=_local_name(model))
+def _pinned(source: Source) -> ModelRef:
+    return ModelRef(path=str(source.public_id), revision=source.revision)
 
 
 def _local_name(model: ModelRef | InMemory) -> str:

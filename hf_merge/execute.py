@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_merge.errors import ComputeError, MergeError
 from hf_merge.method import LAMBDA, get_method
-from hf_merge.planning import TILE, Plan, Step, compute_dtype
+from hf_merge.planning import TILE, Plan, Step, compute_dtype, default_workers
 from hf_merge.types import Stack
 
 Tensors = Mapping[str, Tensor]
@@ -47,7 +47,7 @@ def execute(
         plan: what to compute.
         sources: the plan's models, in its order.
         write: where the tiles go.
-        workers: threads; one for each of torch's if not given.
+        workers: threads; see `planning.default_workers`.
         skip: names of tensors that are not needed.
 
     Raises:
@@ -66,7 +66,8 @@ def execute(
                 return
             write(step.name, start, values)
 
-    with _single_threaded() as threads, ThreadPoolExecutor(workers or threads, initializer=_use_one_thread) as pool:
+    count = workers or default_workers()
+    with _kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             _join([pool.submit(work, step) for step in steps])
         finally:
@@ -197,14 +198,11 @@ def _join(futures: Sequence[Future[None]]) -> None:
 
 
 @contextmanager
-def _single_threaded() -> Iterator[int]:
-    """Let the workers, not torch, use the cores; also makes sums independent of their number."""
+def _kept_threads() -> Iterator[None]:
+    """Leave torch's threads as they were. The workers use one each: they, not torch, use the cores, and a sum
+    does not depend on their number."""
     threads = torch.get_num_threads()
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)

@@ -128,13 +128,31 @@ class MergeMethod:
         Args:
             models: one tensor of the same shape for each model.
             base: the base model's tensor, for methods on weights that use one.
-            parameters: as in a recipe; a scalar holds for every model.
+            parameters: as in a recipe; a scalar holds for every model. `lambda` belongs to the addition to the
+                base, which is not done here.
+
+        Returns:
+            A tensor of their shape and dtype; 16-bit floats are computed in float32.
+
+        Raises:
+            ParameterError: a parameter, the number of models, their shapes or a missing base.
         """
+        self._check_call(models, base)
         settings = self.settings(len(models), parameters)
-        flat = Stack([m.flatten() for m in models], base=None if base is None else base.flatten())
-        stack = flat if self.elementwise else Stack(models, base=base)
+        shape, dtype = models[0].shape, models[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = [t.to(wide).flatten() if self.elementwise else t.to(wide) for t in (*models, *_listed(base))]
+        stack = Stack(tensors[: len(models)], base=None if base is None else tensors[-1])
         merged = self.run(stack, self.reduce([_stand_in(stack)], settings), settings)
-        return merged.reshape(models[0].shape)
+        return merged.reshape(shape).to(dtype)
+
+    def _check_call(self, models: Sequence[Tensor], base: Tensor | None) -> None:
+        if not models or self.count not in (None, len(models)):
+            raise ParameterError(f"'{self.name}' takes {self.count or 'at least 1'} model(s); found {len(models)}.")
+        if self.base == "required" and self.space == "models" and base is None:
+            raise ParameterError(f"'{self.name}' merges into a base: pass it after the models.")
+        if len({tuple(t.shape) for t in (*models, *_listed(base))}) > 1:
+            raise ParameterError(f"'{self.name}' merges tensors of one shape; found {[list(t.shape) for t in models]}.")
 
     def settings(self, count: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check parameters and complete them with defaults: a list of `count` values where they are per model."""
@@ -219,6 +237,9 @@ def merge_method(
         method = _read_signature(
             fn, paper=paper, elementwise=elementwise, count=models, ignored=tuple(ignored), name=name or fn.__name__
         )
+        known = _registry.get(method.name)
+        if known and (known.fn.__module__, known.fn.__qualname__) != (fn.__module__, fn.__qualname__):
+            raise TypeError(f"There is a merge method '{method.name}' already: give this one another name.")
         _registry[method.name] = method
         return method
 
@@ -330,6 +351,10 @@ def _read_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
 def _keywords(by: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a reduction's keyword-only arguments."""
     return tuple(a.name for a in inspect.signature(by).parameters.values() if a.kind is a.KEYWORD_ONLY)
+
+
+def _listed(base: Tensor | None) -> list[Tensor]:
+    return [] if base is None else [base]
 
 
 def _stand_in(stack: Stack) -> Stack:

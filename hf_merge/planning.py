@@ -26,6 +26,9 @@ MAX_SHARD_SIZE = "5GB"
 TILE = 1 << 18
 """Elements that an elementwise method sees at a time: small enough for the caches, large enough for torch."""
 
+MAX_WORKERS = 8
+"""More would wait for the disk, and each has tensors in memory."""
+
 Ref = ModelRef | InMemory
 
 
@@ -143,7 +146,8 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Identify what will be written: two plans of the same fingerprint lay out the same files."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+        content = {key: value for key, value in self.to_dict().items() if key in ("recipe", "tensors", "shards")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __str__(self) -> str:
         return "\n".join(_describe(self))
@@ -154,7 +158,7 @@ def make_plan(
     sources: Mapping[Ref, SourceLike],
     *,
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> Plan:
     """Decide how every output tensor comes about.
 
@@ -162,7 +166,7 @@ def make_plan(
         recipe: what is merged, and how.
         sources: the recipe's models, with the shapes and dtypes of their tensors.
         max_shard_size: bytes, or `"5GB"`.
-        workers: how many tensors are worked on at a time, for the estimate of memory.
+        workers: how many tensors are worked on at a time, for the estimate of memory; see `default_workers`.
     """
     planner = _Planner(recipe, sources)
     steps = tuple(planner.step(name, spec) for name, spec in planner.donor.specs.items())
@@ -174,7 +178,7 @@ def make_plan(
         shards=_lay_out({step.name: step.spec for step in steps}, max_shard_size),
         problems=tuple(planner.problems()),
         bytes_read=sum(planner.bytes_read(step) for step in steps),
-        peak_memory=workers * max((working_memory(step) for step in steps), default=0),
+        peak_memory=(workers or default_workers()) * max((working_memory(step) for step in steps), default=0),
     )
 
 
@@ -221,7 +225,7 @@ class _Planner:
         self.matched.add(id(rule))
         cast = self.casts[id(rule)]
         if not spec.dtype.is_floating_point:
-            return self._copy(name, spec, cast)
+            return self._copy(name, spec, cast, rule)
         holders = tuple(i for i in cast.inputs if name in self.sources[i].specs)
         for i in set(cast.inputs) - set(holders):
             self.lacking.setdefault(i, []).append(name)
@@ -235,11 +239,15 @@ class _Planner:
             name, cast.method.name, holders, cast.base, self._settings(cast.method, name, holders, rule), written
         )
 
-    def _copy(self, name: str, spec: TensorSpec, cast: _Cast) -> Step:
-        """Plan a tensor of integers: the donor's, if all models that have it agree (old buffers come and go)."""
-        holders = [i for i in cast.inputs if name in self.sources[i].specs and i != self.donor_place]
+    def _copy(self, name: str, spec: TensorSpec, cast: _Cast, rule: Rule | None) -> Step:
+        """Plan a tensor of integers: the donor's, if all models that have it agree (old buffers come and go).
+
+        A rule that names models asks these only.
+        """
+        asked = cast.inputs if rule and rule.models else (self.donor_place, *cast.inputs)
+        holders = tuple(dict.fromkeys(i for i in asked if name in self.sources[i].specs)) or (self.donor_place,)
         self._compare(name, spec, {i: self.sources[i].specs[name] for i in holders})
-        return Step(name, None, (self.donor_place, *holders), None, {}, spec)
+        return Step(name, None, holders, None, {}, spec)
 
     def _compare(self, name: str, spec: TensorSpec, found: Mapping[int, TensorSpec]) -> None:
         for i, other in found.items():
@@ -335,6 +343,11 @@ def working_memory(step: Step) -> int:
     held = len(step.inputs) + (step.base is not None)
     temporaries = 2 * len(step.inputs) + 4
     return elements * (held + temporaries) * compute_dtype([step.spec.dtype]).itemsize
+
+
+def default_workers() -> int:
+    """How many tensors are worked on at a time: as many as torch would use threads, within reason."""
+    return min(torch.get_num_threads(), MAX_WORKERS)
 
 
 def compute_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:

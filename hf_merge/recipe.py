@@ -50,8 +50,9 @@ def _as_model(value: Any) -> Any:
         return ModelRef.parse(os.fspath(value))
     if isinstance(value, Mapping) and set(value) == {"model"}:
         return _as_model(value["model"])
-    if isinstance(value, Mapping) and "path" in value and set(value) <= {"path", "revision"}:
-        return ModelRef(**value)
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
+        named = ModelRef.parse(value["path"])
+        return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
     if isinstance(value, (ModelRef, InMemory)):
         return value
     raise ValueError("should be a folder, a Hub id or {path: .., revision: ..}")
@@ -132,7 +133,8 @@ class Recipe(_Part):
         """Let a bare model stand for `{model: ...}`."""
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError("should be a list of at least one model")
-        return [{"model": entry} if isinstance(entry, (str, ModelRef, InMemory)) else entry for entry in value]
+        bare = [isinstance(e, (str, ModelRef, InMemory)) or (isinstance(e, Mapping) and "path" in e) for e in value]
+        return [{"model": entry} if plain else entry for entry, plain in zip(value, bare, strict=True)]
 
     @field_validator("models")
     @classmethod
@@ -177,6 +179,16 @@ class Recipe(_Part):
         found = [entry.model for entry in self.models]
         return found if self.base_model is None or self.base_model in found else [*found, self.base_model]
 
+    def renamed(self, names: Mapping[ModelRef | InMemory, ModelRef]) -> Recipe:
+        """Return the recipe with other names for some of its models."""
+        models = tuple(e.model_copy(update={"model": names.get(e.model, e.model)}) for e in self.models)
+        rules = tuple(
+            rule.model_copy(update={"models": tuple(names.get(m, m) for m in rule.models)}) for rule in self.rules
+        )
+        base = None if self.base_model is None else names.get(self.base_model, self.base_model)
+        changed = {"models": models, "rules": rules, "base_model": base}
+        return self.model_copy(update={key: value for key, value in changed.items() if value})
+
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches a tensor."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
@@ -198,11 +210,10 @@ def _read(source: Any) -> tuple[dict[str, Any], Lines]:
         return {name: getattr(source, name) for name in source.model_fields_set}, {}
     if isinstance(source, (str, os.PathLike)):
         return _read_file(Path(source))
-    if isinstance(source, Mapping) and "merge_method" in source:
+    if isinstance(source, Mapping) and ("merge_method" in source or isinstance(source.get("models"), list)):
         return dict(source), {}
     if isinstance(source, Mapping):
-        source = [InMemory(model, label) if not isinstance(model, (str, os.PathLike)) else model
-                  for label, model in source.items()]  # fmt: skip
+        source = [in_memory(model, label) for label, model in source.items()]
     if not isinstance(source, Iterable):
         raise RecipeError(f"A recipe is a file, a mapping or a list of models; found {type(source).__name__}.")
     return {"models": [in_memory(model, f"model {i}") for i, model in enumerate(source)]}, {}
@@ -211,7 +222,12 @@ def _read(source: Any) -> tuple[dict[str, Any], Lines]:
 def in_memory(model: Any, label: str) -> Any:
     """Label a model that was handed over as an object; leave references and entries alone."""
     refers = isinstance(model, (str, os.PathLike, ModelRef, InMemory, ModelEntry))
-    if refers or model is None or (isinstance(model, Mapping) and set(model) & {"model", "path"}):
+    if isinstance(model, Mapping):
+        named = model.get("model", model.get("path"))
+        refers = isinstance(named, (str, os.PathLike, ModelRef, InMemory)) or (
+            isinstance(named, Mapping) and isinstance(named.get("path"), str)
+        )
+    if refers or model is None:
         return os.fspath(model) if isinstance(model, os.PathLike) else model
     return InMemory(model, label)
 

@@ -6,6 +6,7 @@ folder gets its own when its last file is there; config.json is the last of them
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -248,10 +249,13 @@ def refuse_existing(output: Path, *, overwrite: bool = False) -> None:
 
 def _reserve(file: int, size: int) -> None:
     reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
-    if reserve is None:  # macOS
-        os.ftruncate(file, size)
-    else:
-        reserve(file, 0, size)
+    try:
+        if reserve is not None:  # macOS has none
+            return reserve(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # some network file systems
+            raise
+    return os.ftruncate(file, size)
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:

@@ -492,3 +492,42 @@ def test_installed_plug_ins_are_loaded_from_their_entry_points(monkeypatch, regi
 
 def test_the_group_of_entry_points_is_the_documented_one():
     assert method_module.ENTRY_POINTS == "hf_merge.methods"
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "base", "said"),
+    [
+        ("slerp", 2, True, "'slerp' takes 1 model"),
+        ("passthrough", 2, False, "'passthrough' takes 1 model"),
+        ("linear", 0, False, "'linear' takes at least 1 model"),
+        ("nearswap", 1, False, "'nearswap' merges into a base"),
+    ],
+)
+def test_a_call_with_the_wrong_tensors_is_refused(name, models, base, said):
+    with pytest.raises(ParameterError, match=said):
+        get_method(name)([torch.ones(2)] * models, torch.ones(2) if base else None)
+
+
+def test_a_call_with_tensors_of_several_shapes_is_refused():
+    with pytest.raises(ParameterError, match="tensors of one shape"):
+        get_method("linear")([torch.ones(4), torch.ones(1)])
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "linear"])
+def test_a_call_on_16_bit_floats_computes_in_float32(name):
+    wide = [torch.randn(50), torch.randn(50)]
+    half = [t.bfloat16() for t in wide]
+    parameters = {} if name == "linear" else {"density": 0.5}
+    expected = get_method(name)([t.float() for t in half], **parameters).bfloat16()
+    assert get_method(name)(half, **parameters).equal(expected)
+
+
+def test_a_name_that_is_taken_is_refused():
+    with pytest.raises(TypeError, match="a merge method 'linear' already"):
+
+        @merge_method(paper=PAPER, name="linear")
+        def another(models: Models) -> Merged:
+            """Take the first."""
+            return models[0]
+
+    assert get_method("linear").fn.__module__ == "hf_merge.methods.linear"

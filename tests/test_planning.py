@@ -81,6 +81,15 @@ def test_integers_that_some_models_lack_are_the_donors():
     assert torch.equal(merged["ids"], ids)
 
 
+def test_rule_may_choose_one_models_integers():
+    one, two = ({"x": torch.ones(2), "ids": torch.arange(3) + i} for i in range(2))
+    recipe = {"merge_method": "linear", "models": [_ref("one", one), _ref("two", two)]}
+    recipe["rules"] = [{"pattern": "ids", "merge_method": "passthrough", "models": [recipe["models"][1]]}]
+    loaded = hf_merge.Recipe.load(recipe)
+    (step,) = [step for step in plan(loaded, method=None).steps if step.name == "ids"]
+    assert step.method is None and step.inputs == (1,)
+
+
 def test_float_against_integer_is_an_error():
     assert "floats" in errors(plan([BASE, like(BASE, head=torch.zeros(5, dtype=torch.int64))]))[0]
     assert "floats" in errors(plan([like(BASE, head=torch.zeros(5, dtype=torch.int64)), BASE]))[0]

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import hf_merge
 from hf_merge.errors import MergeError, ParameterError, RecipeError, UnknownMethodError
 from hf_merge.recipe import Recipe
 from hf_merge.schedule import UNSET
@@ -746,6 +747,11 @@ def test_hostile_yaml_is_refused_like_any_other(text):
     assert refused(text)
 
 
+def test_a_key_that_is_no_word_is_refused_with_its_line():
+    assert refused(f"{SMALL}? [a, b]\n: c\n") == "line 9: a key should be a word."
+    assert refused(f"{SMALL}rules:\n  - pattern: a\n    {{x: y}}: 1\n") == "line 11: a key should be a word."
+
+
 @given(st.text(max_size=200))
 @some
 def test_any_text_gives_a_recipe_or_an_error_of_ours(text):
@@ -805,3 +811,16 @@ def recipe_or_our_error(text):
     else:
         assert recipe.models
         assert Recipe.from_yaml(recipe.to_yaml()).to_yaml() == recipe.to_yaml()
+
+
+def test_a_state_dict_with_a_tensor_called_model_or_path_is_a_state_dict():
+    states = [{"model": torch.ones(2), "path": torch.zeros(1)}, {"model": torch.zeros(2), "path": torch.ones(1)}]
+    assert hf_merge.merge_state_dicts(states, method="linear")["model"].tolist() == [0.5, 0.5]
+
+
+def test_references_in_all_their_forms_are_the_same_model():
+    forms = ["org/a@v1", {"path": "org/a", "revision": "v1"}, {"model": "org/a@v1"}, {"model": {"path": "org/a@v1"}}]
+    for form in forms:
+        (model,) = Recipe.load([form], method="linear").models
+        assert str(model.model) == "org/a@v1"
+    assert str(Recipe.load({"models": ["org/a"]}, method="linear").models[0].model) == "org/a"

@@ -16,7 +16,7 @@ def linear(models: Models, *, weight: PerModel[Number] = each(1.0), normalize: b
         normalize: divide by the sum of the weights.
     """
     divisor = sum(weight) if normalize else 1.0
-    if divisor == 0:
+    if abs(divisor) < 1e-8:
         raise ValueError("the weights sum to 0: change them, or set normalize: false")
     total = weighted_sum(models, weight)
     return total if divisor == 1 else total.div_(divisor)
