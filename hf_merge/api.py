@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from hf_merge.planning import MAX_SHARD_SIZE, Plan, make_plan
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
 from hf_merge.sources.checkpoint import Checkpoint, read_json
-from hf_merge.writer import Writer, partial_folder, refuse_existing
+from hf_merge.writer import Writer, refuse_existing
 
 RECIPE_FILE = "hf_merge_recipe.yaml"
 
@@ -188,17 +188,19 @@ def _prepare(
 def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
     """Execute the plan into the writer, with a progress bar."""
     bar = tqdm(total=made.bytes_written, unit="B", unit_scale=True, desc="Merging", name="hf_merge.merge")
-    done = [0]
+    finished = [name for name in made.specs if writer.is_finished(name)]
+    done, one_at_a_time = len(finished), Lock()
 
     def write(name: str, start: int, values: Tensor) -> None:
+        nonlocal done
         writer.write(name, start, values)
-        bar.update(values.numel() * values.element_size())
-        if start + values.numel() == made.specs[name].numel:
-            done[0] += 1
-            bar.set_postfix_str(f"{done[0]}/{len(made.steps)} tensors", refresh=False)
+        with one_at_a_time:
+            bar.update(values.numel() * values.element_size())
+            done += start + values.numel() == made.specs[name].numel
+            bar.set_postfix_str(f"{done}/{len(made.steps)} tensors", refresh=False)
 
-    with bar or nullcontext():
-        bar.update(sum(spec.nbytes for name, spec in made.specs.items() if writer.is_finished(name)))
+    with bar:
+        bar.update(sum(made.specs[name].nbytes for name in finished))
         execute(made, sources, write, skip=writer.is_finished)
 
 
@@ -218,6 +220,8 @@ def _write_companions(
 
 def _with_dtype(config: Mapping[str, Any], made: Plan) -> dict[str, Any]:
     """Say the true dtype, in nested configs too, under the name that the config uses."""
+    if made.dtype is None:
+        return dict(config)
     dtype = str(made.dtype).removeprefix("torch.")
     done = {key: _with_dtype(value, made) if isinstance(value, dict) and "model_type" in value else value
             for key, value in config.items() if key != "_name_or_path"}  # fmt: skip
@@ -240,6 +244,3 @@ def _refuse_own_input(target: Path, sources: list[Source]) -> None:
     for source in sources:
         if isinstance(source, Checkpoint) and source.path.resolve().is_relative_to(target.resolve()):
             raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another folder.")
-
-
-__all__ = ["MergedModel", "merge", "merge_state_dicts", "partial_folder", "plan"]

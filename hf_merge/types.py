@@ -128,13 +128,19 @@ class SourceLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """A model handed over as an object: a module, or a mapping of names to tensors."""
+    """A module or a mapping of names to tensors, handed over as an object. The same object is the same model."""
 
     value: Any
     label: str
 
     def __str__(self) -> str:
         return f"<{self.label}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InMemory) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class ModelRef(BaseModel):

@@ -1,8 +1,10 @@
 """The demo, as `make demo` runs it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -73,3 +75,15 @@ def test_folder_that_is_not_the_demos_is_refused(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 1 and str(tmp_path) in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_ctrl_c_is_status_130_and_leaves_no_half_model(tmp_path):
+    call = [sys.executable, "-m", "hf_merge.cli", "demo", str(tmp_path / "out")]
+    process = subprocess.Popen(call, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if (tmp_path / "out").is_dir():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not list(tmp_path.rglob("config.json"))

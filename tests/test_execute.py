@@ -112,7 +112,7 @@ def test_huge_but_finite_values_pass_and_overflow_is_an_error():
     huge = {"x": torch.full((1000,), 3e38)}
     assert torch.equal(hf_merge.merge_state_dicts([huge], method="linear")["x"], huge["x"])
     with pytest.raises(hf_merge.ComputeError, match="'x' by 'linear': the result has NaN or Inf"):
-        hf_merge.merge_state_dicts([huge, huge], method="linear", normalize=False)
+        hf_merge.merge_state_dicts([huge, dict(huge)], method="linear", normalize=False)
     with pytest.raises(hf_merge.ComputeError, match="'x' by 'linear': the result has NaN or Inf"):
         hf_merge.merge_state_dicts([huge], method="linear", dtype="float16")
 

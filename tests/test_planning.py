@@ -112,6 +112,13 @@ def test_base_listed_among_the_models_is_not_merged_with_itself():
     assert "all of them are the base" in errors(only)[0]
 
 
+def test_base_that_is_one_of_the_objects_is_not_merged_with_itself():
+    made = plan([BASE, like(BASE)], method="ties", base_model=BASE)
+    assert all(step.inputs == (1,) and step.base == 0 for step in made.steps)
+    with pytest.raises(hf_merge.RecipeError, match="lists '<model 0>' twice"):
+        plan([BASE, BASE])
+
+
 def test_unlisted_base_of_a_method_without_base_needs_a_weight_as_in_mergekit():
     models = [like(BASE), like(BASE)]
     assert "it has no weight" in errors(plan(models, base_model=BASE, weight=[1, 1]))[0]
