@@ -87,10 +87,10 @@ def test_dtype_is_rounded_once_and_told_in_the_config(llamas, tmp_path, word):
 
 def test_mixed_dtypes_are_promoted_per_tensor(tmp_path):
     half, full = {"x": torch.ones(3, dtype=torch.bfloat16)}, {"x": torch.zeros(3)}
-    assert hf_merge.merge_state_dicts([half, half], method="linear")["x"].dtype == torch.bfloat16
+    assert hf_merge.merge_state_dicts([half, dict(half)], method="linear")["x"].dtype == torch.bfloat16
     assert hf_merge.merge_state_dicts([half, full], method="linear")["x"].dtype == torch.float32
     double = {"x": torch.full((3,), 1 + 2**-40, dtype=torch.float64)}
-    assert torch.equal(hf_merge.merge_state_dicts([double, double], method="linear")["x"], double["x"])
+    assert torch.equal(hf_merge.merge_state_dicts([double, dict(double)], method="linear")["x"], double["x"])
 
 
 def test_live_modules_and_mappings_give_the_same_as_folders(llamas, tmp_path):

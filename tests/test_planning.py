@@ -115,7 +115,7 @@ def test_base_listed_among_the_models_is_not_merged_with_itself():
 def test_base_that_is_one_of_the_objects_is_not_merged_with_itself():
     made = plan([BASE, like(BASE)], method="ties", base_model=BASE)
     assert all(step.inputs == (1,) and step.base == 0 for step in made.steps)
-    with pytest.raises(hf_merge.RecipeError, match="lists '<model 0>' twice"):
+    with pytest.raises(hf_merge.RecipeError, match="lists '<model 1>' twice"):
         plan([BASE, BASE])
 
 
