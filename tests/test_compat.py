@@ -53,3 +53,13 @@ def test_cli_words_are_still_there():
     argument, option, out = _compat.cli_words()
     assert callable(argument) and callable(option)
     assert {"text", "table", "dict", "result", "warning", "error", "mode", "set_no_truncate"} <= set(dir(out))
+
+
+def test_table_of_tasks_is_still_that_of_transformers():
+    from transformers.modelcard import TASK_MAPPING
+
+    for tag, mapping in TASK_MAPPING.items():
+        for name in _compat._flat(mapping.values()):
+            found = _compat.pipeline_tag(name)
+            assert found is not None and name in _compat._flat(TASK_MAPPING[found].values()), (tag, name)
+    assert list(TASK_MAPPING) == list(_compat._TASKS)

@@ -12,7 +12,6 @@ MERGEKIT = GOLDEN / "mergekit"
 CASES = sorted(path.name for path in (MERGEKIT / "cases").glob("*")) if MERGEKIT.is_dir() else []
 LATER = {
     "arcee_fusion",
-    "breadcrumbs",
     "karcher",
     "model_stock",
     "multislerp",

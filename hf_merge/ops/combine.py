@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_merge.types import Tiles
+
 
 def weighted_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     """Return the sum of weight_i * tensor_i as a new tensor."""
@@ -39,3 +41,34 @@ def disjoint_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normaliz
             divisor.add_(entries.gt_(0), alpha=w)
     total.mul_(elected)
     return total.div_(divisor.add_(torch.eq(divisor, 0, out=elected))) if normalize else total
+
+
+def active(deltas: Sequence[Tensor], epsilon: float) -> list[Tensor]:
+    """Return for each task vector 1 where it exceeds `epsilon` in magnitude, else 0, as floats."""
+    return [delta.abs().gt_(epsilon) for delta in deltas]
+
+
+def overlap_counts(tiles: Tiles, *, epsilon: float) -> list[tuple[int, int]]:
+    """Count for each model its active entries that another model shares, and those that are its alone."""
+    counts: list[tuple[int, int]] = []
+    for tile in tiles:
+        masks = active(tile, epsilon)
+        lone = [mask * (weighted_sum(masks, [1.0] * len(masks)) == 1) for mask in masks]
+        found = [
+            (int(m.sum(dtype=torch.float64)), int(one.sum(dtype=torch.float64)))
+            for m, one in zip(masks, lone, strict=True)
+        ]
+        counts = counts or [(0, 0)] * len(tile)
+        counts = [(s + total - one, a + one) for (s, a), (total, one) in zip(counts, found, strict=True)]
+    return counts
+
+
+def overlap_sum(deltas: Sequence[Tensor], masks: Sequence[Tensor], *, alone: Sequence[float]) -> Tensor:
+    """Sum the active entries: divided by how many models share one, or times `alone[i]` where it is model i's only."""
+    shared_by = weighted_sum(masks, [1.0] * len(masks))
+    lone = (shared_by == 1).to(shared_by.dtype)
+    average = shared_by.clamp(min=1).reciprocal_().sub_(lone)  # 1/c where c > 1; nothing is active where c = 0
+    total = torch.zeros_like(shared_by)
+    for delta, mask, factor in zip(deltas, masks, alone, strict=True):
+        total.add_(delta * mask * (average + lone * factor))
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,8 +55,45 @@ def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Thre
         tiles: one tensor of every model, float32 or float64.
         density: fraction to keep, one for each model; >= 1 keeps all, <= 0 none.
     """
-    found = _kth_largest(tiles, {i: d for i, d in enumerate(density) if 0 < d < 1})
+    found = _kth_largest(tiles, {i: partial(_share, d) for i, d in enumerate(density) if 0 < d < 1})
     return [found.get(i, KEEP_ALL if d > 0 else KEEP_NONE) for i, d in enumerate(density)]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which magnitudes of a tensor are kept: those above `lower` that are not above `upper`."""
+
+    lower: Threshold
+    upper: Threshold
+
+
+def magnitude_bands(tiles: Tiles, *, density: Sequence[float], gamma: Sequence[float]) -> list[Band]:
+    """Find, for every model, the band of int(density * N) magnitudes below the int(gamma * N) largest.
+
+    Args:
+        tiles: one tensor of every model.
+        density: fraction to keep, one for each model; >= 1 keeps all.
+        gamma: fraction of the largest to drop; less where they would leave too few.
+    """
+    cut = {i for i, d in enumerate(density) if d < 1}
+    lower = _kth_largest(tiles, {i: partial(_down_to, density[i], gamma[i]) for i in cut})
+    upper = _kth_largest(tiles, {i: partial(_dropped, density[i], gamma[i]) for i in cut})
+    return [Band(lower.get(i, KEEP_ALL), upper.get(i, KEEP_NONE)) for i in range(len(density))]
+
+
+def _dropped(density: float, gamma: float, size: int) -> int:
+    """How many of the largest magnitudes lie above the band."""
+    return min(int(gamma * size), size - int(density * size))
+
+
+def _down_to(density: float, gamma: float, size: int) -> int:
+    return _dropped(density, gamma, size) + int(density * size)
+
+
+def keep_band(delta: Tensor, band: Band, start: int = 0) -> Tensor:
+    """Zero the entries of a task vector's tile whose magnitude lies outside of the band."""
+    kept = keep_largest(delta, band.lower, start)
+    return kept if band.upper == KEEP_NONE else kept - keep_largest(kept, band.upper, start)
 
 
 def keep_largest(delta: Tensor, threshold: Threshold, start: int = 0) -> Tensor:
@@ -119,6 +157,13 @@ def magnitude_factors(tiles: Tiles, *, cut: Sequence[Threshold], rescale: str, d
     )
 
 
+def band_factors(tiles: Tiles, *, bands: Sequence[Band], rescale: str, density: Sequence[float]) -> list[float]:
+    """Rescale factors of task vectors trimmed at both ends."""
+    return rescale_factors(
+        tiles, lambda tile, i: keep_band(tile[i], bands[i], tile.start), rescale=rescale, density=density
+    )
+
+
 def random_factors(tiles: Tiles, *, rescale: str, density: Sequence[float], seed: Sequence[int]) -> list[float]:
     """Rescale factors of task vectors whose entries are dropped at random."""
     return rescale_factors(
@@ -131,6 +176,11 @@ def trim(deltas: Stack, cut: Sequence[Threshold], factors: Sequence[float]) -> l
     return [_scaled(keep_largest(d, c, deltas.start), f) for d, c, f in zip(deltas, cut, factors, strict=True)]
 
 
+def trim_both(deltas: Stack, bands: Sequence[Band], factors: Sequence[float]) -> list[Tensor]:
+    """Keep a band of every task vector's entries and rescale them."""
+    return [_scaled(keep_band(d, b, deltas.start), f) for d, b, f in zip(deltas, bands, factors, strict=True)]
+
+
 def drop(deltas: Stack, density: Sequence[float], seed: Sequence[int], factors: Sequence[float]) -> list[Tensor]:
     """Drop entries of every task vector at random and rescale the rest."""
     drawn = zip(deltas, density, seed, factors, strict=True)
@@ -141,54 +191,56 @@ def _scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-def _kth_largest(tiles: Tiles, density: dict[int, float]) -> dict[int, Threshold]:
-    """Select for each model i the largest magnitude of which max(1, int(density[i] * N)) are at least as large."""
-    first = next(iter(tiles), None) if density else None
+def _kth_largest(tiles: Tiles, ranks: Ranks) -> dict[int, Threshold]:
+    """Select for each model i the magnitude of which ranks[i](N) out of N entries are at least as large."""
+    first = next(iter(tiles), None) if ranks else None
     if first is None or not first[0].numel():
         return {}
     select = _sort_out if first[0].numel() <= _FEW else _radix_select
-    prefix, wanted, equal = select(tiles, density)
-    last = dict.fromkeys(density, _TO_THE_END)
-    split = {i: wanted[i] for i in density if wanted[i] < equal[i]}
+    prefix, wanted, equal = select(tiles, ranks)
+    last = dict.fromkeys(ranks, _TO_THE_END)
+    split = {i: wanted[i] for i in ranks if 0 < wanted[i] < equal[i]}
     last |= _index_of_equal(tiles, prefix, split)
-    return {i: Threshold(prefix[i], last[i]) for i in density}
+    return {i: Threshold(prefix[i], last[i]) if wanted[i] else KEEP_NONE for i in ranks}
 
 
+Ranks = dict[int, Callable[[int], int]]
+"""By model: how many of N entries are kept, as a function of N; 0 keeps none."""
 _Found = tuple[dict[int, int], dict[int, int], dict[int, int]]
 """By model: a magnitude's bits, how many of the entries that equal it are kept, and how many there are."""
 
 
-def _sort_out(tiles: Tiles, density: dict[int, float]) -> _Found:
+def _sort_out(tiles: Tiles, ranks: Ranks) -> _Found:
     """Find the magnitudes of a small tensor at once."""
     prefix, wanted, equal = {}, {}, {}
-    for i, share in density.items():
+    for i, rank_of in ranks.items():
         bits = torch.cat([magnitude_bits(tile[i]).flatten() for tile in tiles])
-        rank = _rank(share, len(bits))
-        prefix[i] = int(bits.kthvalue(len(bits) - rank + 1).values)
+        rank = rank_of(len(bits))
+        prefix[i] = int(bits.kthvalue(len(bits) - max(rank, 1) + 1).values)
         wanted[i] = rank - int((bits > prefix[i]).sum())
         equal[i] = int((bits == prefix[i]).sum())
     return prefix, wanted, equal
 
 
-def _radix_select(tiles: Tiles, density: dict[int, float]) -> _Found:
+def _radix_select(tiles: Tiles, ranks: Ranks) -> _Found:
     """Find the leading bits of the magnitudes digit by digit, each in one pass over the tiles."""
     width = next(iter(tiles))[0].dtype.itemsize * 8 - 1
-    prefix, wanted = dict.fromkeys(density, 0), {}
+    prefix, wanted = dict.fromkeys(ranks, 0), {}
     counts: dict[int, Tensor] = {}
     for shift in reversed(range(0, width, _DIGIT)):
         bins = 1 << min(_DIGIT, width - shift)
-        counts = {i: torch.zeros(bins, dtype=torch.int64) for i in density}
+        counts = {i: torch.zeros(bins, dtype=torch.int64) for i in ranks}
         for tile in tiles:
-            for i in density:
+            for i in ranks:
                 counts[i] += _digit_counts(magnitude_bits(tile[i]), prefix[i], shift, bins, width)
-        wanted = wanted or {i: _rank(share, int(counts[i].sum())) for i, share in density.items()}
+        wanted = wanted or {i: rank_of(int(counts[i].sum())) for i, rank_of in ranks.items()}
         for i, count in counts.items():
             digit, above = _bin_of_rank(count, wanted[i])
             prefix[i], wanted[i] = prefix[i] * bins + digit, wanted[i] - above
     return prefix, wanted, {i: int(count[prefix[i] % len(count)]) for i, count in counts.items()}
 
 
-def _rank(density: float, size: int) -> int:
+def _share(density: float, size: int) -> int:
     return max(1, int(density * size))
 
 
