@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import tqdm
+from jinja2 import TemplateError
 from torch import Tensor
 
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
@@ -135,6 +136,7 @@ def merge(
     made, sources = _prepare(recipe, changes, device_map, max_shard_size, hub)
     made.check()
     _refuse_own_input(target, sources)
+    _try_card(made, sources, target.name, card_template)
     shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True)))
     writer = Writer(
         target, made, fingerprint=_fingerprint(made, sources, resume=resume), overwrite=overwrite, resume=resume,
@@ -202,6 +204,14 @@ def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
     with bar:
         bar.update(sum(made.specs[name].nbytes for name in finished))
         execute(made, sources, write, skip=writer.is_finished)
+
+
+def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> None:
+    """Render the card once before anything is computed: a template that fails should not fail at the end."""
+    try:
+        merged_card(made, sources, name, template=template)
+    except (OSError, TemplateError, ValueError) as error:
+        raise OutputError(f"The card cannot be written from '{template or 'merged.md'}': {error}.") from error
 
 
 def _write_companions(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from hf_merge.errors import RecipeError
+from hf_merge.method import get_method
 from hf_merge.planning import Plan
 
 DeviceMap = str | Mapping[str, int | str]
@@ -18,25 +19,28 @@ def place(plan: Plan, device_map: DeviceMap = "auto") -> Plan:
 
     Args:
         plan: a plan.
-        device_map: `auto`: all accelerators, the largest share of bytes to none (the CPU where there is none);
-            a device such as `cpu` or `cuda:1`; or prefixes of tensor names with their devices, as accelerate
-            writes them.
+        device_map: `auto`: elementwise methods on the CPU, as their bytes cost more on the bus than their
+            arithmetic, and others spread over the accelerators; a device such as `cpu` or `cuda:1`; or prefixes
+            of tensor names with their devices, as accelerate writes them.
 
     Raises:
         RecipeError: a device that does not exist, or a tensor that the map does not cover.
     """
     if isinstance(device_map, Mapping):
         devices = {step.name: _longest_prefix(step.name, device_map) for step in plan.steps}
+    elif device_map == "auto":
+        devices = _spread(plan, _accelerators())
     else:
-        devices = _balance(plan, _devices(device_map))
+        devices = dict.fromkeys(plan.specs, _known(device_map))
     return replace(plan, steps=tuple(replace(step, device=devices[step.name]) for step in plan.steps))
 
 
-def _devices(device_map: str) -> list[str]:
-    if device_map == "auto":
-        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())] if kind else ["cpu"]
-    return [_known(device_map)]
+def _accelerators() -> list[str]:
+    """Names of the accelerators here; Apple's is left out, as it has no float64."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None or kind.type == "mps":
+        return []
+    return [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
 
 
 def _known(device: int | str) -> str:
@@ -49,12 +53,14 @@ def _known(device: int | str) -> str:
     return name
 
 
-def _balance(plan: Plan, devices: list[str]) -> dict[str, str]:
-    """Give each tensor to the device that has the fewest bytes so far."""
-    load, found = dict.fromkeys(devices, 0), {}
+def _spread(plan: Plan, accelerators: list[str]) -> dict[str, str]:
+    """Give each tensor that is not merged elementwise to the accelerator with the fewest bytes so far."""
+    load, found = dict.fromkeys(accelerators, 0), {}
     for step in plan.steps:
-        found[step.name] = min(load, key=lambda device: load[device])
-        load[found[step.name]] += step.spec.nbytes
+        elementwise = step.method is None or get_method(step.method).elementwise
+        found[step.name] = "cpu" if elementwise or not load else min(load, key=lambda device: load[device])
+        if found[step.name] != "cpu":
+            load[found[step.name]] += step.spec.nbytes
     return found
 
 

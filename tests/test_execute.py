@@ -62,6 +62,24 @@ def test_tiled_tensor_equals_the_method_on_the_whole():
         assert torch.equal(merged[name], whole)
 
 
+def test_method_that_is_not_elementwise_sees_whole_tensors_in_their_shape():
+    from hf_merge.method import _registry, merge_method
+    from hf_merge.types import Deltas, Merged
+
+    @merge_method(paper="https://example.org")
+    def upside_down(deltas: Deltas) -> Merged:
+        """Turn the rows of the first task vector round."""
+        return deltas[0].flip(0)
+
+    base = {"w": torch.randn(600, 700)}
+    model = {"w": torch.randn(600, 700)}
+    try:
+        merged = hf_merge.merge_state_dicts([model], method="upside_down", base_model=base, lambda_=0.5)
+        assert torch.equal(merged["w"], base["w"] + 0.5 * (model["w"] - base["w"]).flip(0))
+    finally:
+        del _registry["upside_down"]
+
+
 def test_random_masks_depend_on_seed_tensor_and_model_only():
     base, a, b = states()
     b = {name: tensor.clone() for name, tensor in a.items()}

@@ -70,6 +70,22 @@ def test_card_says_what_was_merged_and_does_not_show_local_paths(merged, llamas,
         assert str(llamas["a"].parent) not in file.metadata()["hf_merge_recipe"]
 
 
+def test_card_from_a_template_of_ones_own(llamas, tmp_path):
+    (tmp_path / "card.md").write_text("---\n{{ card_data }}\n---\nmade of {{ models | length }} by {{ method.name }}")
+    merged = hf_merge.merge([llamas["a"]], tmp_path / "m", method="linear", card_template=tmp_path / "card.md")
+    assert merged.card.text.strip() == "made of 1 by linear"
+
+
+@pytest.mark.parametrize("text", [None, "{{ unclosed", "{% for %}", "no front matter: {{ card_data.nothing.at.all }}"])
+def test_template_that_fails_does_so_before_anything_is_written(llamas, tmp_path, text):
+    template = tmp_path / "card.md"
+    if text is not None:
+        template.write_text(text)
+    with pytest.raises(hf_merge.OutputError, match=r"card\.md"):
+        hf_merge.merge([llamas["a"]], tmp_path / "m", method="linear", card_template=template)
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".*"))
+
+
 def test_recipe_in_the_folder_repeats_the_merge(merged, tmp_path):
     again = hf_merge.merge(merged.path / "hf_merge_recipe.yaml", tmp_path / "again")
     assert (again.path / "model.safetensors").read_bytes() == (merged.path / "model.safetensors").read_bytes()

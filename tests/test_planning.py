@@ -190,6 +190,25 @@ def test_device_map_gives_every_tensor_a_device(device_map, expected):
     assert {step.device for step in plan([BASE], device_map=device_map).steps} == expected
 
 
+def test_auto_spreads_what_is_not_elementwise_over_the_accelerators(monkeypatch):
+    from hf_merge import placement
+    from hf_merge.method import _registry, merge_method
+    from hf_merge.types import Merged, Models
+
+    @merge_method(paper="https://example.org")
+    def whole(models: Models) -> Merged:
+        """Take the first."""
+        return models[0]
+
+    try:
+        monkeypatch.setattr(placement, "_accelerators", lambda: ["cuda:0", "cuda:1"])
+        steps = {step.name: step.device for step in plan([BASE], method="whole").steps}
+        assert set(steps.values()) == {"cuda:0", "cuda:1"} and steps["layers.0.w"] != steps["layers.1.w"]
+        assert {step.device for step in plan([BASE]).steps} == {"cpu"}
+    finally:
+        del _registry["whole"]
+
+
 def test_device_that_is_not_here_and_map_with_holes_are_errors():
     with pytest.raises(hf_merge.RecipeError, match="'head'"):
         plan([BASE], device_map={"layers": "cpu"})
