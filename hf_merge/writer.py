@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
-_STATE = ".merge.json"
+_STATE = ".fingerprint"
 _LOCK = ".lock"
 _MODEL_FILES = ("config.json", "model.safetensors", INDEX)
 _DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -89,15 +89,15 @@ class Writer:
                 f"Another process is writing '{self.output}': wait for it, or choose another folder."
             ) from None
         state = self.folder / _STATE
-        found = json.loads(state.read_text())["fingerprint"] if state.is_file() else None
-        if resume and found not in (None, fingerprint):
+        found = state.read_text(encoding="utf-8") if state.is_file() else ""
+        if resume and found not in ("", fingerprint):
             self._lock.release()
             raise OutputError(
                 f"'{self.output}' was begun with another recipe, other inputs or another shard size: "
                 "repeat that call to resume it, or leave resume out to begin again."
             )
-        _empty(self.folder, keep={_LOCK} | (set(self.plan.shards) if resume else set()))
-        state.write_text(json.dumps({"fingerprint": fingerprint}))
+        _empty(self.folder, keep={_LOCK, *(self.plan.shards if resume and found else ())})
+        state.write_text(fingerprint, encoding="utf-8")
         self.finished = {name for name in self.plan.shards if (self.folder / name).is_file()}
 
     def __enter__(self) -> Writer:

@@ -205,6 +205,14 @@ def test_resume_of_another_merge_is_refused_and_a_fresh_run_begins_again(llamas,
     assert not partial_folder(output).exists() and output.is_dir()
 
 
+def test_shards_of_unknown_origin_are_not_taken_over(llamas, tmp_path):
+    partial = partial_folder(tmp_path / "m")
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"from who knows where")
+    out = merge(llamas, tmp_path / "m", resume=True).path
+    assert weights(out).keys() == weights(llamas["a"]).keys()
+
+
 def test_resume_without_anything_to_resume_is_a_plain_merge_and_in_memory_is_refused(llamas, tmp_path):
     assert merge(llamas, tmp_path / "m", resume=True).path.is_dir()
     with pytest.raises(hf_merge.OutputError, match="in memory cannot be resumed"):
