@@ -63,6 +63,7 @@ def test_card_says_what_was_merged_and_does_not_show_local_paths(merged, llamas,
     assert data["tags"] == ["merge", "hf_merge"] and data["base_model_relation"] == "merge"
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     text = merged.card.text
+    assert "A merge of 2 models by **ties**" in text
     assert "elect a sign" in text and "https://arxiv.org/abs/2306.01708" in text and "density: 0.5" in text
     assert str(tmp_path) not in str(merged.card) and str(llamas["a"].parent) not in str(merged.card)
     with safe_open(merged.path / "model.safetensors", "pt") as file:
