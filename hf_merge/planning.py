@@ -199,6 +199,7 @@ class _Planner:
         self.refs = list(sources)
         self.sources = list(sources.values())
         self.merged = tuple(self.refs.index(entry.model) for entry in recipe.models)
+        self.own = dict(zip(self.merged, (entry.parameters for entry in recipe.models), strict=True))
         self.base = None if recipe.base_model is None else self.refs.index(recipe.base_model)
         self.donor_place = self.merged[0] if self.base is None else self.base
         self.donor = self.sources[self.donor_place]
@@ -261,8 +262,8 @@ class _Planner:
         depth = self.layers.depth(name)
         settings: dict[str, Any] = {}
         for parameter in method.parameters.values():
-            whose = [self.refs[i] for i in models] if parameter.per_model else [None]
-            values = [self.recipe.setting(parameter.name, name, depth, model, rule) for model in whose]
+            whose = [self.own.get(i, {}) for i in models] if parameter.per_model else [{}]
+            values = [self.recipe.setting(parameter.name, name, depth, own, rule) for own in whose]
             values = [parameter.default if v is UNSET else parameter.check(v, method.name) for v in values]
             settings[parameter.name] = values if parameter.per_model else values[0]
         if method.seeded:

@@ -193,12 +193,9 @@ class Recipe(_Part):
         """Return the first rule that matches a tensor."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
-    def setting(
-        self, parameter: str, name: str, depth: float, model: ModelRef | InMemory | None, rule: Rule | None
-    ) -> Any:
-        """Resolve a parameter for one tensor (and model): the rule's value, the model's, the recipe's, or UNSET."""
-        own = [e.parameters for e in self.models if model is not None and e.model == model]
-        for scope in [rule.parameters if rule else {}, *own, self.parameters]:
+    def setting(self, parameter: str, name: str, depth: float, own: Mapping[str, Setting], rule: Rule | None) -> Any:
+        """Resolve a parameter for one tensor: the rule's value, that of a model's `own`, the recipe's, or UNSET."""
+        for scope in (rule.parameters if rule else {}, own, self.parameters):
             value = resolve(scope[parameter], name, depth) if parameter in scope else UNSET
             if value is not UNSET:
                 return value

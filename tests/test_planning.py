@@ -218,7 +218,7 @@ def test_device_that_is_not_here_and_map_with_holes_are_errors():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_elementwise_merge_on_a_gpu_gives_the_bytes_of_the_cpu():
+def test_elementwise_merge_on_a_gpu_gives_what_the_cpu_gives():
     generator = torch.Generator().manual_seed(0)
     models = [{"w": torch.randn(300_000, generator=generator)} for _ in range(3)]
     changes = {"method": "dare_ties", "density": 0.4, "base_model": models[0]}

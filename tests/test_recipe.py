@@ -68,7 +68,8 @@ def refused(text, error=RecipeError, **changes):
 
 def of(recipe, parameter, name="w", depth=0.0, model=None):
     """What a recipe says of a parameter for one tensor."""
-    return recipe.setting(parameter, name, depth, model, recipe.rule_for(name))
+    own = next((entry.parameters for entry in recipe.models if entry.model == model), {})
+    return recipe.setting(parameter, name, depth, own, recipe.rule_for(name))
 
 
 # in and out
