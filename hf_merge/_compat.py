@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,68 @@ def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
     live = {id(tensor): name for name, tensor in state.items()}
     saved: dict[str, Tensor] = revert_weight_conversion(module, state)  # type: ignore[arg-type]
     return {name: (live.get(id(tensor)), tensor) for name, tensor in saved.items()}
+
+
+def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
+    """Build the model of a config.json on the meta device; None if transformers cannot."""
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    model_class = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    if getattr(model_class, "config_class", None) is None or config.get("auto_map"):
+        return None
+    with torch.device("meta"), _quiet(logging), contextlib.suppress(Exception):  # transformers may raise anything here
+        return model_class._from_config(model_class.config_class.from_dict(dict(config)))
+    return None
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Any:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def live_names(module: nn.Module, saved: Iterable[str]) -> dict[str, str]:
+    """Map names of a model's checkpoint to the names its parameters have in memory; several parts may share one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(module)  # type: ignore[arg-type]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    prefix, state = getattr(module, "base_model_prefix", ""), module.state_dict()
+    return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in saved}
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Map the checkpoint names of tied weights to those of the weights they share."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = module.state_dict()
+    return {
+        next(iter(revert_weight_conversion(module, {alias: state[alias]}))): next(  # type: ignore[arg-type]
+            iter(revert_weight_conversion(module, {source: state[source]}))  # type: ignore[arg-type]
+        )
+        for alias, source in getattr(module, "all_tied_weights_keys", {}).items()
+        if alias in state and source in state
+    }
+
+
+def vocabulary_tensors(module: Any) -> list[str]:
+    """Name, as in memory, the input embeddings of a model and its output head with the head's bias."""
+    found: list[str] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(Exception):  # models of images have none and say so each in its own way
+            part = getattr(module, getter)()
+            rows = part.weight.shape[0]
+            ids = {id(p) for p in part.parameters() if p.shape[0] == rows}
+            found += [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in ids]
+    return list(dict.fromkeys(found))
 
 
 def pipeline_tag(architecture: str) -> str | None:

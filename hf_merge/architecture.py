@@ -1,0 +1,67 @@
+"""What transformers knows of a model class from its config.json alone: no weights, no list of architectures here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from hf_merge import _compat
+from hf_merge.types import TensorSpec
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights, under the names of its checkpoint.
+
+    Attributes:
+        specs: shape and dtype of every tensor that `save_pretrained` writes.
+        order: the same names in the order in which the model's modules are registered, embeddings first.
+        tied: names that share their values with another: `lm_head.weight` -> `model.embed_tokens.weight`. Only the
+            other is in `specs`.
+        vocabulary: tensors with a row for each token: input embeddings, and the output head with its bias.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    order: tuple[str, ...]
+    tied: Mapping[str, str]
+    vocabulary: tuple[str, ...]
+
+
+def skeleton(config: Mapping[str, Any]) -> Skeleton | None:
+    """Build the model of a config.json without weights; None if transformers has no such class.
+
+    Args:
+        config: the content of config.json. Its `architectures` names the class.
+    """
+    return _skeleton(json.dumps(config, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=32)
+def _skeleton(config: str) -> Skeleton | None:
+    module = _compat.empty_model(json.loads(config))
+    if module is None:
+        return None
+    saved = _compat.on_disk_layout(module)
+    saved_as: dict[str, list[str]] = {}
+    for name, live in _compat.live_names(module, saved).items():
+        saved_as.setdefault(live, []).append(name)
+    order = [name for live in _in_order(module) for name in saved_as.get(live, ())]
+    embeddings = _compat.vocabulary_tensors(module)
+    return Skeleton(
+        specs={name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, (_, tensor) in saved.items()},
+        order=tuple(dict.fromkeys([*order, *saved])),
+        tied=_compat.tied_names(module),
+        vocabulary=tuple(name for live in embeddings for name in saved_as.get(live, ())),
+    )
+
+
+def _in_order(module: Any) -> list[str]:
+    """Names of all parameters and buffers by the registration of their modules."""
+    names: list[str] = []
+    for prefix, part in module.named_modules():
+        own = [*part._parameters, *part._buffers]
+        names += [f"{prefix}.{name}" if prefix else name for name in own]
+    return names
