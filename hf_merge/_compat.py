@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +32,34 @@ def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
 def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
     """Build the model of a config.json on the meta device; None if transformers cannot."""
     import torch
-    import transformers
     from transformers.utils import logging
 
-    model_class = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
-    if getattr(model_class, "config_class", None) is None or config.get("auto_map"):
+    model_class = _model_class(config)
+    if model_class is None:
         return None
     with torch.device("meta"), _quiet(logging), contextlib.suppress(Exception):  # transformers may raise anything here
         return model_class._from_config(model_class.config_class.from_dict(dict(config)))
     return None
+
+
+def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a config.json with what its class derives from it, such as the type of every layer."""
+    from transformers.utils import logging
+
+    model_class = _model_class(config)
+    if model_class is None:
+        return dict(config)
+    with _quiet(logging), contextlib.suppress(Exception):
+        return json.loads(model_class.config_class.from_dict(dict(config)).to_json_string(use_diff=False))
+    return dict(config)
+
+
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """Return the class that config.json names; None if it is not one of transformers' own."""
+    import transformers
+
+    model_class = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    return None if config.get("auto_map") or not getattr(model_class, "config_class", None) else model_class
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError
 from hf_merge.execute import execute
 from hf_merge.placement import DeviceMap, place
-from hf_merge.planning import MAX_SHARD_SIZE, Plan, make_plan
+from hf_merge.planner import make_plan
+from hf_merge.planning import MAX_SHARD_SIZE, Plan
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
 from hf_merge.sources.checkpoint import Checkpoint, read_json
@@ -223,22 +224,9 @@ def _write_companions(
     (folder / RECIPE_FILE).write_text(pinned_recipe(made.recipe, by_model).to_yaml(), encoding="utf-8")
     files = [path.name for path in folder.iterdir()]
     merged_card(made, sources, name, files=files, template=card_template).save(folder / "README.md")
-    if donor.config:
-        config = json.dumps(_with_dtype(donor.config, made), indent=2, ensure_ascii=False)
+    if made.config:
+        config = json.dumps(made.config, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: Mapping[str, Any], made: Plan) -> dict[str, Any]:
-    """Say the true dtype, in nested configs too, under the name that the config uses."""
-    if made.dtype is None:
-        return dict(config)
-    dtype = str(made.dtype).removeprefix("torch.")
-    done = {key: _with_dtype(value, made) if isinstance(value, dict) and "model_type" in value else value
-            for key, value in config.items() if key != "_name_or_path"}  # fmt: skip
-    for key in ("dtype", "torch_dtype"):
-        if key in done:
-            done[key] = dtype
-    return done if "dtype" in done or "torch_dtype" in done else {**done, "dtype": dtype}
 
 
 def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:

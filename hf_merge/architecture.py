@@ -21,12 +21,14 @@ class Skeleton:
         order: the same names in the order in which the model's modules are registered, embeddings first.
         tied: names that share their values with another: `lm_head.weight` -> `model.embed_tokens.weight`. Only the
             other is in `specs`.
+        live: the names that the model's parameters have in memory; several parts may be one there.
         vocabulary: tensors with a row for each token: input embeddings, and the output head with its bias.
     """
 
     specs: Mapping[str, TensorSpec]
     order: tuple[str, ...]
     tied: Mapping[str, str]
+    live: Mapping[str, str]
     vocabulary: tuple[str, ...]
 
 
@@ -45,16 +47,18 @@ def _skeleton(config: str) -> Skeleton | None:
     if module is None:
         return None
     saved = _compat.on_disk_layout(module)
+    live = _compat.live_names(module, saved)
     saved_as: dict[str, list[str]] = {}
-    for name, live in _compat.live_names(module, saved).items():
-        saved_as.setdefault(live, []).append(name)
-    order = [name for live in _in_order(module) for name in saved_as.get(live, ())]
+    for name, inside in live.items():
+        saved_as.setdefault(inside, []).append(name)
+    order = [name for inside in _in_order(module) for name in saved_as.get(inside, ())]
     embeddings = _compat.vocabulary_tensors(module)
     return Skeleton(
         specs={name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, (_, tensor) in saved.items()},
         order=tuple(dict.fromkeys([*order, *saved])),
         tied=_compat.tied_names(module),
-        vocabulary=tuple(name for live in embeddings for name in saved_as.get(live, ())),
+        live=live,
+        vocabulary=tuple(name for inside in embeddings for name in saved_as.get(inside, ())),
     )
 
 
@@ -65,3 +69,25 @@ def _in_order(module: Any) -> list[str]:
         own = [*part._parameters, *part._buffers]
         names += [f"{prefix}.{name}" if prefix else name for name in own]
     return names
+
+
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+)
+"""What config.json files call a number of layers."""
+
+
+def depths(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
+    """Return every number of layers in a config, nested ones too, by its path."""
+    found = {(key,): config[key] for key in DEPTHS if isinstance(config.get(key), int)}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= {(key, *path): depth for path, depth in depths(value).items()}
+    return found

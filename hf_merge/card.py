@@ -47,7 +47,7 @@ def merged_card(
         name=name,
         method=get_method(plan.recipe.merge_method),
         models=[_row(plan, place, source) for place, source in enumerate(sources)],
-        merged_count=len(plan.recipe.models),
+        merged_count=len(plan.recipe.merged),
         notes=_notes(plan),
         recipe=recipe.to_yaml(),
         how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
@@ -94,7 +94,7 @@ def _card_data(sources: Sequence[Source], config: Mapping[str, Any], *, is_sente
 
 def _row(plan: Plan, place: int, source: Source) -> dict[str, Any]:
     model = plan.models[place]
-    merged = any(entry.model == model for entry in plan.recipe.models)
+    merged = model in plan.recipe.merged
     roles = [word for word, true in (("base", model == plan.recipe.base_model), ("merged", merged)) if true]
     link = (
         f"[{source.public_id}](https://huggingface.co/{source.public_id})"

@@ -147,12 +147,12 @@ def _pieces(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) 
 def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor of floats: reductions first, then tile by tile."""
     method = get_method(str(step.method))
-    places = [*step.inputs, *([] if step.base is None else [step.base])]
-    flat = [sources[i][step.name].reshape(-1) for i in places]
+    flat = [sources[one.model][one.name].reshape(-1) for one in step.reads]
     models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
+    labels = [str(plan.models[one.model]) for one in step.reads]
     inputs = _Inputs(
-        models, base, [str(plan.models[i]) for i in places], method.space == "deltas", not method.elementwise, step,
-        scratch, not plan.recipe.allow_nonfinite,
+        models, base, labels, method.space == "deltas", not method.elementwise, step, scratch,
+        not plan.recipe.allow_nonfinite,
     )  # fmt: skip
     tiles = list(inputs) if method.elementwise is False or step.spec.numel <= TILE else inputs
     reduced = method.reduce(tiles, step.settings)
@@ -173,11 +173,12 @@ def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Iterator[tuple[int, Tensor]]:
     """Copy a tensor that is not a float, if all models have the same."""
-    first, *others = [sources[i][step.name] for i in step.inputs]
-    for place, other in zip(step.inputs[1:], others, strict=True):
+    first, *others = [sources[one.model][one.name] for one in step.inputs]
+    for source, other in zip(step.inputs[1:], others, strict=True):
         if first.dtype != other.dtype or not torch.equal(first, other.to(first.device)):
+            models = f"{plan.models[source.model]} and {plan.models[step.inputs[0].model]}"
             raise ComputeError(
-                f"{plan.models[place]} and {plan.models[step.inputs[0]]} differ, and integers cannot be averaged; "
+                f"{models} differ, and integers cannot be averaged; "
                 "choose one model's by a rule (merge_method: passthrough, models: [..])"
             )
     yield 0, first.to("cpu").reshape(-1).contiguous()

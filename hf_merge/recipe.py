@@ -11,100 +11,51 @@ dtype: bfloat16
 seed: 0                                           # ours: random methods draw from it
 rules:                                            # ours: another method for some tensors, first match wins
   - {pattern: "*.lm_head.*", merge_method: passthrough, models: [org/a]}
+
+Instead of `models`, `slices` stack layers and `modules` merge the towers of a model apart:
+
+slices:
+  - sources: [{model: org/a, layer_range: [0, 16]}]
+  - sources: [{model: org/b, layer_range: [8, 24]}]
+modules:
+  text_decoder: {models: [..]}
+  vision_tower: {merge_method: passthrough, models: [org/a]}
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Lt
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
-from hf_merge.schedule import UNSET, is_filter, leaves, resolve
+from hf_merge.schedule import is_filter, leaves
+from hf_merge.schema import DType, Entries, Model, ModelEntry, Module, Part, Pattern, Rule, Setting, Slice, one_of
 from hf_merge.types import InMemory, ModelRef
-from hf_merge.yaml_lines import load_yaml
+from hf_merge.yaml_lines import Document, Lines, load_documents
 
-NOT_YET = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+NOT_YET = ("tokenizer", "tokenizer_source", "chat_template")
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
 """Python spellings of words of the recipe."""
 
 
-def _as_model(value: Any) -> Any:
-    if isinstance(value, (str, os.PathLike)):
-        return ModelRef.parse(os.fspath(value))
-    if isinstance(value, Mapping) and set(value) == {"model"}:
-        return _as_model(value["model"])
-    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
-        named = ModelRef.parse(value["path"])
-        return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
-    if isinstance(value, (ModelRef, InMemory)):
-        return value
-    raise ValueError("should be a folder, a Hub id or {path: .., revision: ..}")
-
-
-Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(str)]
-Setting = Any
-Lines = Mapping[tuple[Any, ...], int]
-"""The line of every key of a recipe's file."""
-DType = Annotated[
-    Literal["float16", "bfloat16", "float32", "float64"],
-    BeforeValidator(lambda value: str(value).removeprefix("torch.")),
-]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class ModelEntry(_Part):
-    """A model and what is said of it alone."""
-
-    model: Model
-    parameters: dict[str, Setting] = {}
-
-
-class Rule(_Part):
-    """Another method for the tensors whose name matches.
-
-    Attributes:
-        pattern: a shell pattern for the whole name if it has `*`, `?` or `[`; otherwise a part of the name.
-        merge_method: the recipe's own if not given.
-        parameters: for these tensors; they win over those of the recipe and of its models.
-        models: only these of the recipe's models (the base may be named too).
-    """
-
-    pattern: str
-    merge_method: str | None = None
-    parameters: dict[str, Setting] = {}
-    models: tuple[Model, ...] = ()
-
-    def matches(self, name: str) -> bool:
-        """Tell whether the rule is meant for the tensor of that name."""
-        return fnmatch.fnmatchcase(name, self.pattern) if set("*?[") & set(self.pattern) else self.pattern in name
-
-
-class Recipe(_Part):
+class Recipe(Part):
     """What is merged, and how. Frozen; read one with `load` or `from_yaml`.
 
     Attributes:
         merge_method: name of the method.
-        models: the models, in order.
+        models: the models, in order; or
+        slices: which layers of which models, one after the other; or
+        modules: parts of the model by name, each with its own models or slices.
         base_model: the model the others were fine-tuned from; it also gives config and tokenizer.
         parameters: of the method; those under a model win.
         dtype: of the written weights (arithmetic is float32); the models' own if not given.
@@ -113,107 +64,119 @@ class Recipe(_Part):
         rules: other methods for some tensors, first match wins.
         missing: what happens to a tensor that some model lacks: error, keep the base's, or merge without
             that model.
+        keys: which tensors the output has: those of the base (or of the first model); the same, and nothing
+            else may be in any model (strict); those that all have (intersection); or those that any has (union).
+        remap: regular expressions and what to put in their place in the names of every model's tensors.
         allow_nonfinite: let NaN and Inf pass.
+        name: by which other documents of the same file refer to the result.
+        stages: the other documents: named merges whose results this one merges.
     """
 
     merge_method: str
-    models: tuple[ModelEntry, ...]
+    models: Entries = ()
+    slices: tuple[Slice, ...] = ()
+    modules: dict[str, Module] = Field(default_factory=dict)
     base_model: Model | None = None
-    parameters: dict[str, Setting] = {}
+    parameters: dict[str, Setting] = Field(default_factory=dict)
     dtype: DType | None = None
     out_dtype: DType | None = None
     seed: Annotated[int, Ge(0), Lt(1 << 63)] = 0
     rules: tuple[Rule, ...] = ()
     missing: Literal["error", "base", "skip-model"] = "error"
+    keys: Literal["base", "strict", "intersection", "union"] = "base"
+    remap: dict[Pattern, str] = Field(default_factory=dict)
     allow_nonfinite: bool = False
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
 
-    @field_validator("models", mode="before")
-    @classmethod
-    def _entries(cls, value: Any) -> Any:
-        """Let a bare model stand for `{model: ...}`."""
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("should be a list of at least one model")
-        bare = [isinstance(e, (str, ModelRef, InMemory)) or (isinstance(e, Mapping) and "path" in e) for e in value]
-        return [{"model": entry} if plain else entry for entry, plain in zip(value, bare, strict=True)]
-
-    @field_validator("models")
-    @classmethod
-    def _each_once(cls, value: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
-        twice = [entry.model for i, entry in enumerate(value) if entry.model in [e.model for e in value[:i]]]
-        if twice:
-            raise ValueError(f"lists '{twice[0]}' twice; give it a larger weight instead")
-        return value
+    @model_validator(mode="after")
+    def _one_way(self) -> Recipe:
+        one_of(self, ("models", "slices", "modules"))
+        return self
 
     @classmethod
     def load(cls, source: Any, **changes: Any) -> Recipe:
         """Read a recipe and change it.
 
         Args:
-            source: path of a YAML or JSON file, a mapping, a Recipe, or a list (or mapping of labels) of models.
+            source: path of a YAML or JSON file, a mapping, a Recipe, or a list (or mapping of labels) of models. Of
+                several documents in a file the named ones are stages, which the others may name as models.
             **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, ...) or parameters of the method.
                 A list for a per-model parameter has one value for each model. What is said here wins.
 
         Raises:
             RecipeError: with the line of the file where something is wrong.
         """
-        data, lines = _read(source)
-        return _build(data, changes, lines)
+        return _build(_read(source), changes)
 
     @classmethod
     def from_yaml(cls, text: str, **changes: Any) -> Recipe:
         """Read a recipe from YAML text; see `load`."""
-        data, lines = load_yaml(text)
-        return _build(data, changes, lines)
+        return _build(load_documents(text), changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, the seed always included."""
         return {**self.model_dump(exclude_defaults=True), "seed": self.seed}
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML that `from_yaml` reads back."""
-        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False, allow_unicode=True)
+        """Return the recipe as YAML that `from_yaml` reads back; its stages are the first documents."""
+        documents = [_plain(stage.to_dict()) for stage in self.stages]
+        last = {key: value for key, value in _plain(self.to_dict()).items() if key != "stages"}
+        return yaml.safe_dump_all([*documents, last], sort_keys=False, allow_unicode=True)
+
+    @property
+    def parts(self) -> dict[str, Module]:
+        """The recipe's modules; one without a name if it has none."""
+        return self.modules or {"": Module(slices=self.slices) if self.slices else Module(models=self.models)}
+
+    @property
+    def merged(self) -> list[ModelRef | InMemory]:
+        """Every model that is merged, once, in order."""
+        slices = [piece for part in self.parts.values() for piece in part.outline]
+        return list(dict.fromkeys(entry.model for piece in slices for entry in piece.sources))
 
     @property
     def references(self) -> list[ModelRef | InMemory]:
-        """Every model of the recipe once: those merged, in order, then the base if it is not among them."""
-        found = [entry.model for entry in self.models]
-        return found if self.base_model is None or self.base_model in found else [*found, self.base_model]
+        """Every model of the recipe once: those merged, in order, then bases that are not among them."""
+        slices = [piece for part in self.parts.values() for piece in part.outline]
+        bases = [self.base_model, *(piece.base_model for piece in slices)]
+        return list(dict.fromkeys([*self.merged, *(base for base in bases if base is not None)]))
 
     def renamed(self, names: Mapping[ModelRef | InMemory, ModelRef]) -> Recipe:
-        """Return the recipe with other names for some of its models."""
-        models = tuple(e.model_copy(update={"model": names.get(e.model, e.model)}) for e in self.models)
-        rules = tuple(
-            rule.model_copy(update={"models": tuple(names.get(m, m) for m in rule.models)}) for rule in self.rules
-        )
-        base = None if self.base_model is None else names.get(self.base_model, self.base_model)
-        changed = {"models": models, "rules": rules, "base_model": base}
-        return self.model_copy(update={key: value for key, value in changed.items() if value})
+        """Return the recipe with other names for some of its models, in its stages too."""
+        return _renamed(self, names)
 
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches a tensor."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
-    def setting(self, parameter: str, name: str, depth: float, own: Mapping[str, Setting], rule: Rule | None) -> Any:
-        """Resolve a parameter for one tensor: the rule's value, that of a model's `own`, the recipe's, or UNSET."""
-        for scope in (rule.parameters if rule else {}, own, self.parameters):
-            value = resolve(scope[parameter], name, depth) if parameter in scope else UNSET
-            if value is not UNSET:
-                return value
-        return UNSET
+
+def _renamed(value: Any, names: Mapping[ModelRef | InMemory, ModelRef]) -> Any:
+    """Put other models in the place of some, wherever they stand."""
+    if isinstance(value, (ModelRef, InMemory)):
+        return names.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(_renamed(part, names) for part in value)
+    if isinstance(value, BaseModel):
+        changed = {key: _renamed(getattr(value, key), names) for key in value.model_fields_set}
+        return value.model_copy(update=changed)
+    if isinstance(value, dict) and any(isinstance(part, BaseModel) for part in value.values()):
+        return {key: _renamed(part, names) for key, part in value.items()}
+    return value
 
 
-def _read(source: Any) -> tuple[dict[str, Any], Lines]:
+def _read(source: Any) -> list[Document]:
     if isinstance(source, Recipe):
-        return {name: getattr(source, name) for name in source.model_fields_set}, {}
+        return [({name: getattr(source, name) for name in source.model_fields_set}, {})]
     if isinstance(source, (str, os.PathLike)):
         return _read_file(Path(source))
     if isinstance(source, Mapping) and ("merge_method" in source or isinstance(source.get("models"), list)):
-        return dict(source), {}
+        return [(dict(source), {})]
     if isinstance(source, Mapping):
         source = [in_memory(model, label) for label, model in source.items()]
     if not isinstance(source, Iterable):
         raise RecipeError(f"A recipe is a file, a mapping or a list of models; found {type(source).__name__}.")
-    return {"models": [in_memory(model, f"model {i}") for i, model in enumerate(source)]}, {}
+    return [({"models": [in_memory(model, f"model {i}") for i, model in enumerate(source)]}, {})]
 
 
 def in_memory(model: Any, label: str) -> Any:
@@ -229,18 +192,66 @@ def in_memory(model: Any, label: str) -> Any:
     return InMemory(model, label)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], Lines]:
+def _read_file(path: Path) -> list[Document]:
     if path.is_dir():
         raise RecipeError(f"'{path}' is a folder, not a recipe: to merge models, pass them as a list with method=.")
     try:
-        return load_yaml(path.read_text(encoding="utf-8"), name=str(path))
+        return load_documents(path.read_text(encoding="utf-8"), name=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _build(data: dict[str, Any], changes: Mapping[str, Any], lines: Lines) -> Recipe:
-    """Apply keyword arguments to a recipe's data, fields first, then parameters of the method; check it all."""
+def _build(documents: list[Document], changes: Mapping[str, Any]) -> Recipe:
+    """Make the recipe of one document, or of the last in the line of stages that several documents are."""
     words = {KEYWORDS.get(key, key): value for key, value in changes.items() if value is not None}
+    if len(documents) == 1:
+        recipe = _change(*documents[0], words)
+        return recipe.model_copy(update={"stages": in_order(recipe, recipe.stages)}) if recipe.stages else recipe
+    seed = {"seed": words["seed"]} if "seed" in words else {}
+    last = _last(documents)
+    stages = tuple(_change(*document, seed) for document in documents if document is not last)
+    recipe = _change(*last, words)
+    return recipe.model_copy(update={"stages": in_order(recipe, stages)})
+
+
+def _last(documents: list[Document]) -> Document:
+    """Find the document whose result is the output: the one without a name, or that no other names as a model."""
+    unnamed = [document for document in documents if not document[0].get("name")]
+    if not unnamed:
+        text = [json.dumps({**data, "name": None}, default=str) for data, _ in documents]
+        unnamed = [
+            document for document in documents if not any(json.dumps(document[0]["name"]) in other for other in text)
+        ]
+    if len(unnamed) != 1:
+        raise RecipeError(
+            f"Of {len(documents)} documents {len(unnamed)} give the output: give every other one a `name:`, "
+            "by which the others may refer to it."
+        )
+    return unnamed[0]
+
+
+def in_order(recipe: Recipe, stages: Sequence[Recipe]) -> tuple[Recipe, ...]:
+    """Sort stages so that each comes after those it names.
+
+    Raises:
+        RecipeError: two have one name, one is not used, or they need each other.
+    """
+    named = {stage.name: stage for stage in stages}
+    if len(named) < len(stages):
+        raise RecipeError("Two documents have the same `name:`.")
+    needs = {name: {str(m) for m in stage.references} & named.keys() for name, stage in named.items()}
+    try:
+        order = [*TopologicalSorter(needs).static_order()]
+    except CycleError as error:
+        raise RecipeError(f"Documents need each other in a circle: {' -> '.join(map(str, error.args[1]))}.") from None
+    used = {str(model) for each in (recipe, *stages) for model in each.references}
+    if unused := [name for name in order if name not in used]:
+        raise RecipeError(f"No document merges '{unused[0]}': name it as a model, or take it out.")
+    return tuple(named[name] for name in order)
+
+
+def _change(data: dict[str, Any], lines: Lines, words: Mapping[str, Any]) -> Recipe:
+    """Apply keyword arguments to a recipe's data, fields first, then parameters of the method; check it all."""
     words = {key: in_memory(value, "base model") if key == "base_model" else value for key, value in words.items()}
     data = {**data, **{key: value for key, value in words.items() if key in Recipe.model_fields}}
     if data.keys() == {"models"}:
@@ -262,6 +273,7 @@ def _build(data: dict[str, Any], changes: Mapping[str, Any], lines: Lines) -> Re
 def _with_parameters(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     """Say parameters instead of whatever was said of them before."""
     method = get_method(recipe.merge_method)
+    recipe = _without(recipe, set(given))
     entries = [dict(entry.parameters) for entry in recipe.models]
     shared = dict(recipe.parameters)
     for name, value in given.items():
@@ -270,17 +282,31 @@ def _with_parameters(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"models": tuple(models), "parameters": shared})
 
 
+def _without(part: Any, names: set[str]) -> Any:
+    """Take parameters out wherever they are said, but for rules: these are about some tensors only."""
+    if isinstance(part, tuple):
+        return tuple(_without(one, names) for one in part)
+    if not isinstance(part, Part) or isinstance(part, Rule):
+        return part
+    changed: dict[str, Any] = {key: _without(getattr(part, key), names) for key in part.model_fields_set}
+    if modules := changed.get("modules"):
+        changed["modules"] = {name: _without(module, names) for name, module in modules.items()}
+    if own := changed.get("parameters"):
+        changed["parameters"] = {name: value for name, value in own.items() if name not in names}
+    return part.model_copy(update=changed)
+
+
 def _set_parameter(
     method: MergeMethod, name: str, value: Any, entries: list[dict[str, Any]], shared: dict[str, Any]
 ) -> None:
     """Say a parameter for all models, or with a list for each of them."""
     parameter = method.parameter(name)
-    for scope in (*entries, shared):
-        scope.pop(name, None)
     plain_list = isinstance(value, (list, tuple)) and not any(is_filter(part) for part in value)
     if not (plain_list and parameter is not None and parameter.per_model):
         shared[name] = value
         return
+    if not entries:
+        raise ParameterError(f"'{name}' has a list of values; in a recipe of slices or modules, write them there.")
     if len(value) != len(entries):
         raise ParameterError(
             f"'{name}' has {len(value)} values for {len(entries)} models; give one value for each model "
@@ -292,19 +318,29 @@ def _set_parameter(
 
 def _explain(error: Any, lines: Lines) -> str:
     """Put one of pydantic's findings into words, with its line."""
-    place = tuple(part for part in error["loc"] if part not in ("function-before[_as_model()]", "ModelRef", "InMemory"))
+    inner = ("function-", "ModelRef", "InMemory")
+    place = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.startswith(inner)))
     key = place[-1] if place else "the recipe"
     if error["type"] == "extra_forbidden":
         if key in NOT_YET and len(place) == 1:
-            return f"{_line(place, lines)}'{key}' is not supported yet; this version merges whole models (`models:`)."
-        owner = {"models": ModelEntry, "rules": Rule}.get(str(place[0])) if len(place) > 1 else Recipe
-        known = owner.model_fields if owner else ()
-        return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), known)}"
+            return f"{_line(place, lines)}'{key}' is not supported yet."
+        owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Recipe)
+        return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), owner.model_fields)}"
     if error["type"] == "missing":
         return f"{_line(place, lines)}The recipe lacks '{key}'."
     found = "" if place == () or isinstance(error["input"], (Mapping, list)) else f"; found {shown(error['input'])}"
     said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{_line(place, lines)}'{'.'.join(map(str, place))}' {said}{found}."
+    what = f"'{'.'.join(map(str, place))}'" if place else "The recipe"
+    return f"{_line(place, lines)}{what} {said}{found}."
+
+
+_OWNERS: dict[Any, type[Part]] = {
+    "models": ModelEntry,
+    "sources": ModelEntry,
+    "slices": Slice,
+    "modules": Module,
+    "rules": Rule,
+}
 
 
 def _line(place: Sequence[Any], lines: Lines) -> str:
@@ -326,18 +362,35 @@ def _check_rules(recipe: Recipe, lines: Lines) -> None:
 
 def _check_parameters(recipe: Recipe, lines: Lines) -> None:
     """Check every name and value of every parameter that the recipe sets."""
-    method = _method_at(("merge_method",), recipe.merge_method, lines)
-    rules = [_method_at(("rules", i, "merge_method"), r.merge_method or recipe.merge_method, lines)
+    main = _method_at(("merge_method",), recipe.merge_method, lines)
+    parts = {
+        name: _method_at(("modules", name, "merge_method"), part.merge_method or main.name, lines)
+        for name, part in recipe.parts.items()
+    }
+    rules = [_method_at(("rules", i, "merge_method"), r.merge_method or main.name, lines)
              for i, r in enumerate(recipe.rules)]  # fmt: skip
-    scopes = [(("parameters",), recipe.parameters, [method, *rules])]
-    scopes += [(("models", i, "parameters"), e.parameters, [method, *rules]) for i, e in enumerate(recipe.models)]
+    scopes = [(("parameters",), recipe.parameters, [main, *parts.values(), *rules])]
+    for name, part in recipe.parts.items():
+        prefix = ("modules", name) if recipe.modules else ()
+        scopes += [(place, said, [parts[name], *rules]) for place, said in _scopes(prefix, part)]
     scopes += [(("rules", i, "parameters"), r.parameters, [rules[i]]) for i, r in enumerate(recipe.rules)]
     for place, parameters, methods in scopes:
         for name, setting in parameters.items():
             try:
-                _check_setting(name, setting, methods, in_model=place[0] == "models")
+                _check_setting(name, setting, methods, in_model=place[-3:-2] in (("models",), ("sources",)))
             except ParameterError as error:
                 raise ParameterError(f"{_line((*place, name), lines)}{error}") from None
+
+
+def _scopes(prefix: tuple[Any, ...], part: Module) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Setting]]]:
+    """Yield every place of a module where parameters stand, and what is said there."""
+    yield (*prefix, "parameters"), part.parameters
+    for i, entry in enumerate(part.models):
+        yield (*prefix, "models", i, "parameters"), entry.parameters
+    for i, piece in enumerate(part.slices):
+        yield (*prefix, "slices", i, "parameters"), piece.parameters
+        for j, entry in enumerate(piece.sources):
+            yield (*prefix, "slices", i, "sources", j, "parameters"), entry.parameters
 
 
 def _method_at(place: tuple[Any, ...], name: str, lines: Lines) -> MergeMethod:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 UNSET: Any = object()
@@ -18,21 +18,24 @@ class Layers:
 
     A stack is the part of a name before its first number; its depth is that of the checkpoint's names, so that
     encoders, decoders and towers each have their own.
+
+    Attributes:
+        count: number of layers of every stack.
     """
 
     def __init__(self, names: Iterable[str]):
-        self._count: dict[str, int] = {}
+        self.count: dict[str, int] = {}
         for name in names:
-            stack, index = _layer_of(name)
+            stack, index, _ = layer_of(name)
             if index is not None:
-                self._count[stack] = max(self._count.get(stack, 0), index + 1)
+                self.count[stack] = max(self.count.get(stack, 0), index + 1)
 
     def depth(self, name: str) -> float:
         """Return 0 for the first layer to 1 for the last; 0 for tensors outside of layers, as in MergeKit."""
-        stack, index = _layer_of(name)
+        stack, index, _ = layer_of(name)
         if index is None:
             return 0.0
-        count = self._count.get(stack, index + 1)
+        count = self.count.get(stack, index + 1)
         return index / (count - 1) if count > 1 else 1.0
 
 
@@ -57,6 +60,15 @@ def resolve(setting: Any, name: str, depth: float) -> Any:
     return next((value for value in found if value is not UNSET), UNSET)
 
 
+def resolve_first(scopes: Iterable[Mapping[str, Any]], parameter: str, name: str, depth: float) -> Any:
+    """Return what the first of some scopes that says something of a parameter says of one tensor, or UNSET."""
+    for scope in scopes:
+        value = resolve(scope[parameter], name, depth) if parameter in scope else UNSET
+        if value is not UNSET:
+            return value
+    return UNSET
+
+
 def is_filter(setting: Any) -> bool:
     """Tell whether a setting is `{filter, value}`."""
     return isinstance(setting, Mapping) and "value" in setting
@@ -71,15 +83,24 @@ def leaves(setting: Any) -> Iterable[Any]:
     return [setting]
 
 
-def tensor_seeds(seed: int, name: str, models: Sequence[int]) -> list[int]:
+def tensor_seeds(seed: int, name: str, models: Sequence[object]) -> list[int]:
     """Derive a 64-bit seed for each model (by its place in the recipe) from the recipe's seed and the tensor's name."""
     keys = (f"{seed}\0{name}\0{model}".encode() for model in models)
     return [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") for key in keys]
 
 
-def _layer_of(name: str) -> tuple[str, int | None]:
+class LayerName(NamedTuple):
+    """A tensor's name in parts: `model.layers.` 3 `.mlp.up_proj.weight`; a name without a layer is its own stack."""
+
+    stack: str
+    layer: int | None
+    rest: str
+
+
+def layer_of(name: str) -> LayerName:
+    """Take the number of its layer out of a tensor's name."""
     found = _LAYER.search(name)
-    return (name[: found.start()], int(found[1])) if found else (name, None)
+    return LayerName(name[: found.start()], int(found[1]), name[found.end() :]) if found else LayerName(name, None, "")
 
 
 def _matches(wanted: str | None, name: str) -> bool:

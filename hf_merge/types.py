@@ -164,3 +164,7 @@ class ModelRef(BaseModel):
         if not path or (at and not revision):
             raise ValueError(f"'{text}' is not a model: write a folder, 'org/name' or 'org/name@revision'")
         return cls(path=path, revision=revision or None)
+
+
+Ref: TypeAlias = ModelRef | InMemory
+"""A model as a recipe names it."""

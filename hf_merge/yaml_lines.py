@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -26,18 +26,23 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_yaml(text: str, name: str = "recipe") -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
-    """Read one YAML (or JSON) mapping.
+Lines = Mapping[tuple[Any, ...], int]
+"""For every key's path, such as ("models", 0, "model"), its line, counted from 1."""
+Document = tuple[dict[str, Any], Lines]
+
+
+def load_documents(text: str, name: str = "recipe") -> list[Document]:
+    """Read the mappings of a YAML (or JSON) text: one, or several separated by `---`.
 
     Args:
-        text: the document.
-        name: how errors call it.
+        text: the documents.
+        name: how errors call them.
 
     Returns:
-        The data, and for every key's path, such as ("models", 0, "model"), its line, counted from 1.
+        The data of each, and the line of every key.
 
     Raises:
-        RecipeError: not a YAML mapping, a key twice, or too large to be a recipe.
+        RecipeError: not YAML mappings, a key twice, or too large to be a recipe.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"'{name}' has {len(text)} characters; a recipe has a few thousand.")
@@ -56,17 +61,25 @@ def load_yaml(text: str, name: str = "recipe") -> tuple[dict[str, Any], dict[tup
         raise RecipeError(f"'{name}' cannot be read: a value does not fit its tag ({error}).") from None
 
 
-def _read(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
+def _read(text: str, name: str) -> list[Document]:
     loader = _Loader(text)
+    found: list[Document] = []
+    seen = [0]
     try:
-        root = loader.get_single_node()
-        lines = dict(_lines(root, (), [0])) if isinstance(root, yaml.MappingNode) else {}
-        data = loader.construct_document(root) if lines else None
+        while loader.check_node():
+            root = loader.get_node()
+            lines = dict(_lines(root, (), seen)) if isinstance(root, yaml.MappingNode) else {}
+            data = loader.construct_document(root) if lines else None
+            if isinstance(data, dict):
+                found.append((data, lines))
+            elif not isinstance(root, yaml.ScalarNode) or root.value.strip() not in ("", "null", "~"):
+                found.clear()
+                break
     finally:
         loader.dispose()
-    if not isinstance(data, dict):
+    if not found:
         raise RecipeError(f"'{name}' is not a recipe: it should be a mapping that begins with `merge_method:`.")
-    return data, lines
+    return found
 
 
 def _lines(node: yaml.Node, path: tuple[Any, ...], seen: list[int]) -> Iterator[tuple[tuple[Any, ...], int]]:

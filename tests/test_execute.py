@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import hf_merge
 from hf_merge.execute import compute, execute
-from hf_merge.planning import TILE, make_plan
+from hf_merge.planner import make_plan
+from hf_merge.planning import TILE
 from hf_merge.recipe import Recipe
 from hf_merge.sources import open_sources
 

@@ -87,7 +87,7 @@ def test_rule_may_choose_one_models_integers():
     recipe["rules"] = [{"pattern": "ids", "merge_method": "passthrough", "models": [recipe["models"][1]]}]
     loaded = hf_merge.Recipe.load(recipe)
     (step,) = [step for step in plan(loaded, method=None).steps if step.name == "ids"]
-    assert step.method is None and step.inputs == (1,)
+    assert step.method is None and step.inputs == ((1, "ids"),)
 
 
 def test_float_against_integer_is_an_error():
@@ -107,14 +107,14 @@ def test_base_listed_among_the_models_is_not_merged_with_itself():
     recipe = {"merge_method": "ties", "models": [_ref("base", BASE), _ref("a", like(BASE))]}
     recipe["base_model"] = recipe["models"][0]
     made = plan(recipe, method="ties")
-    assert all(step.inputs == (1,) and step.base == 0 for step in made.steps)
+    assert all(step.inputs == ((1, step.name),) and step.base == (0, step.name) for step in made.steps)
     only = plan({**recipe, "models": recipe["models"][:1]}, method="ties")
     assert "all of them are the base" in errors(only)[0]
 
 
 def test_base_that_is_one_of_the_objects_is_not_merged_with_itself():
     made = plan([BASE, like(BASE)], method="ties", base_model=BASE)
-    assert all(step.inputs == (1,) and step.base == 0 for step in made.steps)
+    assert all(step.inputs == ((1, step.name),) and step.base == (0, step.name) for step in made.steps)
     with pytest.raises(hf_merge.RecipeError, match="lists '<model 1>' twice"):
         plan([BASE, BASE])
 
@@ -123,7 +123,7 @@ def test_unlisted_base_of_a_method_without_base_needs_a_weight_as_in_mergekit():
     models = [like(BASE), like(BASE)]
     assert "it has no weight" in errors(plan(models, base_model=BASE, weight=[1, 1]))[0]
     made = plan(models, base_model=BASE, weight=1.0)
-    assert not made.errors and made.steps[0].inputs == (0, 1, 2)
+    assert not made.errors and [one.model for one in made.steps[0].inputs] == [0, 1, 2]
 
 
 def test_quantised_and_foreign_models_are_told(llamas, tmp_path):
@@ -157,7 +157,7 @@ parameters: {weight: 5, lambda: 0.5}
 base_model: {path: base}
 """
     loaded = hf_merge.Recipe.from_yaml(recipe)
-    from hf_merge.planning import make_plan
+    from hf_merge.planner import make_plan
     from hf_merge.sources import MappingSource
 
     sources = dict(zip(loaded.references, [MappingSource(like(BASE), "a"), MappingSource(BASE, "base")], strict=True))
