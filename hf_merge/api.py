@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,13 +21,16 @@ from torch import Tensor
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError
 from hf_merge.execute import execute
+from hf_merge.lazy import LazyMerge
 from hf_merge.placement import DeviceMap, place
 from hf_merge.planner import make_plan
-from hf_merge.planning import MAX_SHARD_SIZE, Plan
+from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
-from hf_merge.sources.checkpoint import Checkpoint, read_json
-from hf_merge.writer import Writer, refuse_existing
+from hf_merge.sources.checkpoint import PICKLES, read_json
+from hf_merge.sources.renamed import remapped
+from hf_merge.types import ModelRef, Ref
+from hf_merge.writer import WEIGHTS, Writer, refuse_existing
 
 RECIPE_FILE = "hf_merge_recipe.yaml"
 
@@ -36,7 +40,7 @@ class MergedModel:
     """A merged model on disk.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its file.
         plan: how it was made.
     """
 
@@ -45,7 +49,15 @@ class MergedModel:
 
     @property
     def card(self) -> ModelCard:
-        """Its model card."""
+        """Its model card; a single file has none.
+
+        Raises:
+            MergeError: it is a single file.
+        """
+        if self.path.is_file():
+            raise MergeError(
+                f"'{self.path}' is a single file of weights: its recipe is in its metadata, it has no card."
+            )
         return ModelCard.load(self.path / "README.md")
 
     def load(self, **kwargs: Any) -> Any:
@@ -117,7 +129,7 @@ def merge(
 
     Args:
         recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
-        output: the folder to make. It appears when it is whole.
+        output: the folder to make, or a file `NAME.safetensors`. It appears when it is whole.
         overwrite: replace the model that is there, once the new one is whole.
         resume: take over the finished shards of an interrupted run of the same merge.
         device_map: where tensors are computed: `auto`, a device, or prefixes of tensor names with devices.
@@ -132,9 +144,12 @@ def merge(
         ComputeError, OutputError: nothing appears at `output`.
     """
     target = Path(os.path.abspath(os.path.expanduser(output)))
+    if target.suffix in PICKLES:
+        raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
+    one_file = target.suffix == WEIGHTS
     refuse_existing(target, overwrite=overwrite)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    made, sources = _prepare(recipe, changes, device_map, max_shard_size, hub)
+    made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, hub)
     made.check()
     _refuse_own_input(target, sources)
     _try_card(made, sources, target.name, card_template)
@@ -145,7 +160,8 @@ def merge(
     )  # fmt: skip
     with writer:
         _run(made, sources, writer)
-        _write_companions(made, sources, writer.folder, name=target.name, card_template=card_template)
+        if not one_file:
+            _write_companions(made, sources, writer.folder, name=target.name, card_template=card_template)
     return MergedModel(target, made)
 
 
@@ -183,9 +199,23 @@ def _prepare(
 ) -> tuple[Plan, list[Source]]:
     """Recipe -> Sources -> Plan."""
     loaded = Recipe.load(recipe, **changes)
-    sources = open_sources(loaded.references, **hub)
+    opened: dict[Ref, Source] = {}
+    problems: list[Problem] = []
+    for stage in loaded.stages:
+        sources = _open(stage, opened, hub)
+        made = make_plan(stage, sources)
+        problems += [replace(problem, message=f"In '{stage.name}': {problem.message}") for problem in made.problems]
+        opened[ModelRef(path=str(stage.name))] = LazyMerge(made, list(sources.values()), str(stage.name))
+    sources = _open(loaded, opened, hub)
     made = make_plan(loaded, sources, max_shard_size=max_shard_size)
+    made = replace(made, problems=(*problems, *made.problems))
     return place(made, device_map), list(sources.values())
+
+
+def _open(recipe: Recipe, opened: dict[Ref, Source], hub: Mapping[str, Any]) -> dict[Ref, Source]:
+    """Open the models of a recipe that are not open yet."""
+    opened |= open_sources([model for model in recipe.references if model not in opened], **hub)
+    return {model: remapped(opened[model], recipe.remap) for model in recipe.references}
 
 
 def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
@@ -240,5 +270,5 @@ def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:
 def _refuse_own_input(target: Path, sources: list[Source]) -> None:
     """Raise if the output would take the place of an input."""
     for source in sources:
-        if isinstance(source, Checkpoint) and source.path.resolve().is_relative_to(target.resolve()):
-            raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another folder.")
+        if any(path.resolve().is_relative_to(target.resolve()) for path in source.paths):
+            raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another name.")

@@ -14,7 +14,7 @@ from hf_merge.method import get_method
 from hf_merge.planning import Plan
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.types import InMemory, ModelRef, Ref
 
 _LIBRARIES = ("hf_merge", "torch", "transformers", "safetensors")
 
@@ -38,42 +38,54 @@ def merged_card(
         files: names of the files beside the weights; they tell what kind of model it is.
         template: path of a Jinja template to use instead of merged.md.
     """
-    recipe = public_recipe(plan.recipe, dict(zip(plan.models, sources, strict=True)))
-    config = sources[plan.donor].config
+    by_model = dict(zip(plan.models, sources, strict=True))
+    originals = [source for _, source in original_models(by_model)]
+    recipe = public_recipe(plan.recipe, by_model)
+    config = plan.config
     is_sentence_transformer = "modules.json" in files
     return ModelCard.from_template(
-        _card_data(sources, config, is_sentence_transformer=is_sentence_transformer),
+        _card_data(originals, config, is_sentence_transformer=is_sentence_transformer),
         template_path=str(template or template_folder() / "merged.md"),
         name=name,
         method=get_method(plan.recipe.merge_method),
-        models=[_row(plan, place, source) for place, source in enumerate(sources)],
+        models=_rows(plan, by_model),
         merged_count=len(plan.recipe.merged),
         notes=_notes(plan),
         recipe=recipe.to_yaml(),
         how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
-        has_local_models=any(source.public_id is None for source in sources),
+        has_local_models=any(source.public_id is None for source in originals),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
     )
 
 
-def pinned_recipe(recipe: Recipe, sources: Mapping[ModelRef | InMemory, Source]) -> Recipe:
+def pinned_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     """Return the recipe with the commit of every model of the Hub."""
-    pinned = {model: _pinned(source) for model, source in sources.items() if source.public_id}
+    pinned = {model: _pinned(source) for model, source in original_models(sources) if source.public_id}
     return recipe.renamed(pinned)
 
 
-def public_recipe(recipe: Recipe, sources: Mapping[ModelRef | InMemory, Source]) -> Recipe:
+def public_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     """Return the recipe as others may see it: commits pinned, and of local paths only the last part."""
-    local = {model: ModelRef(path=_local_name(model)) for model, source in sources.items() if not source.public_id}
+    local = {
+        model: ModelRef(path=_local_name(model)) for model, source in original_models(sources) if not source.public_id
+    }
     return pinned_recipe(recipe, sources).renamed(local)
+
+
+def original_models(sources: Mapping[Ref, Source]) -> list[tuple[Ref, Source]]:
+    """List the models that everything is made of: those of a stage instead of the stage."""
+    found: dict[Ref, Source] = {}
+    for model, source in sources.items():
+        found |= dict(original_models(source.parents) if source.parents else [(model, source)])
+    return [*found.items()]
 
 
 def _pinned(source: Source) -> ModelRef:
     return ModelRef(path=str(source.public_id), revision=source.revision)
 
 
-def _local_name(model: ModelRef | InMemory) -> str:
+def _local_name(model: Ref) -> str:
     """The last part of a path says what it is; the rest says whose machine it was on."""
     return model.label if isinstance(model, InMemory) else Path(model.path).resolve().name
 
@@ -92,16 +104,29 @@ def _card_data(sources: Sequence[Source], config: Mapping[str, Any], *, is_sente
     )
 
 
-def _row(plan: Plan, place: int, source: Source) -> dict[str, Any]:
-    model = plan.models[place]
-    merged = model in plan.recipe.merged
-    roles = [word for word, true in (("base", model == plan.recipe.base_model), ("merged", merged)) if true]
-    link = (
-        f"[{source.public_id}](https://huggingface.co/{source.public_id})"
-        if source.public_id
-        else f"`{_local_name(model)}`"
-    )
-    return {"link": link, "role": ", ".join(roles), "revision": source.revision}
+def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
+    """List every model with its role; those that a stage merges follow it."""
+    rows = []
+    for model, source in sources.items():
+        roles = {"base": model == plan.recipe.base_model, "merged": model in plan.recipe.merged}
+        role = ", ".join(word for word, true in roles.items() if true)
+        if not source.parents:
+            rows.append({"link": _link(model, source), "role": role, "revision": source.revision})
+            continue
+        stage = next(stage for stage in plan.recipe.stages if stage.name == str(model))
+        made_of = f"{role}; itself a merge by {stage.merge_method} of"
+        rows.append({"link": f"stage `{model}`", "role": made_of, "revision": None})
+        rows += [
+            {"link": f"&nbsp;&nbsp;{_link(parent, origin)}", "role": f"in `{model}`", "revision": origin.revision}
+            for parent, origin in source.parents.items()
+        ]
+    return rows
+
+
+def _link(model: Ref, source: Source) -> str:
+    if source.public_id:
+        return f"[{source.public_id}](https://huggingface.co/{source.public_id})"
+    return f"`{model if source.parents else _local_name(model)}`"
 
 
 def _notes(plan: Plan) -> list[str]:

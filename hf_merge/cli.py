@@ -1,4 +1,4 @@
-"""The command line: `hf-merge merge`, `plan`, `methods`, `demo`. Results on stdout, all else on stderr.
+"""The command line: `hf-merge merge`, `plan`, `check`, `methods`, `demo`. Results on stdout, all else on stderr.
 
 Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
@@ -48,6 +48,12 @@ Missing = Annotated[
     Literal["error", "base", "skip-model"] | None,
     Option("--missing", help="What to do with a tensor that some model lacks. Default: error."),
 ]
+Keys = Annotated[
+    Literal["base", "strict", "intersection", "union"] | None,
+    Option(
+        "--keys", help="Which tensors the output has: the base's, the same and no others anywhere, common ones, all."
+    ),
+]
 Nonfinite = Annotated[bool, Option("--allow-nonfinite", help="Let NaN and Inf pass.")]
 DeviceMap = Annotated[str, Option("--device-map", help="Where to compute: auto, cpu, cuda:0, ...")]
 ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's files.")]
@@ -71,6 +77,7 @@ def merge(
     dtype: DType = None,
     seed: Seed = None,
     missing: Missing = None,
+    keys: Keys = None,
     allow_nonfinite: Nonfinite = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
@@ -88,7 +95,7 @@ def merge(
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
-    changes = _changes(method, base, parameter, dtype, seed, missing, allow_nonfinite)
+    changes = _changes(method, base, parameter, dtype, seed, missing, keys, allow_nonfinite)
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
         max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **changes,
@@ -107,6 +114,7 @@ def plan(
     dtype: DType = None,
     seed: Seed = None,
     missing: Missing = None,
+    keys: Keys = None,
     allow_nonfinite: Nonfinite = False,
     device_map: DeviceMap = "auto",
     max_shard_size: ShardSize = "5GB",
@@ -115,7 +123,7 @@ def plan(
     local_files_only: LocalOnly = False,
 ) -> None:
     """Say what a merge would read, write and need; only headers of weights are read."""
-    changes = _changes(method, base, parameter, dtype, seed, missing, allow_nonfinite)
+    changes = _changes(method, base, parameter, dtype, seed, missing, keys, allow_nonfinite)
     made = hf_merge.plan(
         _recipe(sources, method), device_map=device_map, max_shard_size=max_shard_size, token=token,
         cache_dir=cache_dir, local_files_only=local_files_only, **changes,
@@ -126,6 +134,25 @@ def plan(
         out.text(str(made))
     if made.errors:
         raise click.exceptions.Exit(1)
+
+
+@app.command("check", epilog=_examples("hf-merge check recipe.yaml"))
+def check(
+    recipe: Annotated[str, Argument(help="RECIPE, ours or MergeKit's.")],
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Say what is wrong with a recipe, from it and from the headers and configs of its models."""
+    from hf_merge.planning import format_bytes
+
+    made = hf_merge.plan(_recipe([recipe], None), token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    made.check()
+    for problem in made.problems:
+        out.warning(problem.message)
+    out.result(
+        "Fits", tensors=len(made.steps), read=format_bytes(made.bytes_read), write=format_bytes(made.bytes_written)
+    )
 
 
 @app.command("methods", epilog=_examples("hf-merge methods", "hf-merge methods ties"))
@@ -151,10 +178,10 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
 
 def _changes(
     method: str | None, base: str | None, parameters: list[str] | None, dtype: str | None, seed: int | None,
-    missing: str | None, allow_nonfinite: bool,
+    missing: str | None, keys: str | None, allow_nonfinite: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Collect what the flags say of the recipe."""
-    named = {"method": method, "base_model": base, "dtype": dtype, "seed": seed, "missing": missing}
+    named = {"method": method, "base_model": base, "dtype": dtype, "seed": seed, "missing": missing, "keys": keys}
     changes: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     if allow_nonfinite:
         changes["allow_nonfinite"] = True

@@ -61,7 +61,7 @@ def make_plan(
         shards=_lay_out(specs, max_shard_size),
         problems=(*planner.problems(), *doubts),
         bytes_read=sum(planner.bytes_read(step) for step in steps),
-        peak_memory=(workers or default_workers()) * max((working_memory(step) for step in steps), default=0),
+        peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
     )
 
 
@@ -215,7 +215,11 @@ class _Planner:
 
     def bytes_read(self, step: Step) -> int:
         """Bytes of a step's inputs, its base among them."""
-        return sum(self.sources[one.model].specs[one.name].nbytes for one in set(step.reads))
+        return sum(self.sources[one.model].bytes_read(one.name) for one in set(step.reads))
+
+    def memory(self, step: Step) -> int:
+        """Estimate the bytes that a step takes beside mapped files and its output."""
+        return working_memory(step) + sum(self.sources[one.model].bytes_held(one.name) for one in set(step.reads))
 
     def problems(self) -> Iterator[Problem]:
         """Yield all that was found, errors first."""

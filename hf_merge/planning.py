@@ -42,9 +42,14 @@ class Problem:
     message: str
     tensors: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """The message with the names of some tensors."""
         shown = ", ".join(self.tensors[:4]) + (f" and {len(self.tensors) - 4} more" if len(self.tensors) > 4 else "")
-        return f"{self.severity}: {self.message}" + (f" Tensors: {shown}." if shown else "")
+        return self.message + (f" Tensors: {shown}." if shown else "")
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.text}"
 
 
 class Input(NamedTuple):
@@ -138,7 +143,7 @@ class Plan:
             PlanError: it lists every error, each with its fix.
         """
         if self.errors:
-            raise PlanError("\n".join(str(problem) for problem in self.errors), self.problems)
+            raise PlanError("\n".join(problem.text for problem in self.errors), self.problems)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,6 +209,11 @@ def _describe(plan: Plan) -> Iterator[str]:
     yield f"Merge of {len(plan.recipe.merged)} models by {plan.recipe.merge_method}"
     rows = {
         "models": ", ".join(map(str, plan.recipe.merged)),
+        **(
+            {"stages": ", ".join(f"{s.name} ({s.merge_method})" for s in plan.recipe.stages)}
+            if plan.recipe.stages
+            else {}
+        ),
         "base": str(plan.recipe.base_model or "none"),
         "config from": str(plan.models[plan.donor]),
         "tensors": f"{len(plan.steps)} ({', '.join(f'{count} {name}' for name, count in methods.items())})",

@@ -39,7 +39,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import is_filter, leaves
-from hf_merge.schema import DType, Entries, Model, ModelEntry, Module, Part, Pattern, Rule, Setting, Slice, one_of
+from hf_merge.schema import DType, Model, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
 from hf_merge.types import InMemory, ModelRef
 from hf_merge.yaml_lines import Document, Lines, load_documents
 
@@ -73,7 +73,7 @@ class Recipe(Part):
     """
 
     merge_method: str
-    models: Entries = ()
+    models: Models = ()
     slices: tuple[Slice, ...] = ()
     modules: dict[str, Module] = Field(default_factory=dict)
     base_model: Model | None = None

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
 from hf_merge.types import InMemory, ModelRef
 
@@ -50,11 +59,6 @@ def one_of(part: Any, names: Sequence[str]) -> None:
         raise ValueError(f"names no models: it should have {' or '.join(names)}")
     if len(given) > 1:
         raise ValueError(f"has {' and '.join(given)}: write one of them")
-    entries = [entry.model for entry in part.models]
-    if twice := [model for i, model in enumerate(entries) if model in entries[:i]]:
-        raise ValueError(f"'models' lists '{twice[0]}' twice; give it a larger weight instead")
-    if any(entry.layer_range for entry in part.models):
-        raise ValueError("'models' takes whole models: write layer_range under slices: and sources:")
 
 
 Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(str)]
@@ -91,7 +95,24 @@ class ModelEntry(Part):
         return value
 
 
-Entries = Annotated[tuple[ModelEntry, ...], BeforeValidator(_as_entries)]
+def _whole(entries: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
+    models = [entry.model for entry in entries]
+    if twice := [model for i, model in enumerate(models) if model in models[:i]]:
+        raise ValueError(f"lists '{twice[0]}' twice; give it a larger weight instead")
+    if any(entry.layer_range for entry in entries):
+        raise ValueError("takes whole models: write layer_range under slices: and sources:")
+    return entries
+
+
+def _distinct(entries: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
+    layers = [(entry.model, entry.layer_range) for entry in entries]
+    if twice := [model for i, (model, _) in enumerate(layers) if layers[i] in layers[:i]]:
+        raise ValueError(f"lists the same layers of '{twice[0]}' twice; give it a larger weight instead")
+    return entries
+
+
+Sources = Annotated[tuple[ModelEntry, ...], BeforeValidator(_as_entries), AfterValidator(_distinct)]
+Models = Annotated[tuple[ModelEntry, ...], BeforeValidator(_as_entries), AfterValidator(_whole)]
 
 
 class Slice(Part):
@@ -104,7 +125,7 @@ class Slice(Part):
         residual_weight: MergeKit reads it and does nothing with it; so do we.
     """
 
-    sources: Entries
+    sources: Sources
     base_model: Model | None = None
     parameters: dict[str, Setting] = Field(default_factory=dict)
     residual_weight: Any = None
@@ -121,7 +142,7 @@ class Module(Part):
         prefix: the names of its tensors begin so, or have it after a dot; the module's own name if not given.
     """
 
-    models: Entries = ()
+    models: Models = ()
     slices: tuple[Slice, ...] = ()
     merge_method: str | None = None
     parameters: dict[str, Setting] = Field(default_factory=dict)

@@ -125,6 +125,10 @@ class SourceLike(Protocol):
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
 
+    def bytes_read(self, name: str) -> int: ...
+
+    def bytes_held(self, name: str) -> int: ...
+
 
 @dataclass(frozen=True, eq=False)
 class InMemory:

@@ -25,6 +25,7 @@ from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 logger = logging.get_logger(__name__)
 
+WEIGHTS = ".safetensors"
 INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
 _STATE = ".fingerprint"
@@ -45,7 +46,7 @@ class Writer:
     output not appear, and keeps finished shards for `resume`.
 
     Args:
-        output: the folder to make.
+        output: the folder to make, or with the suffix `.safetensors` the one file.
         plan: what will be written.
         fingerprint: identifies plan and inputs; resuming needs the same.
         metadata: of every safetensors file.
@@ -133,7 +134,12 @@ class Writer:
         (self.folder / _LOCK).unlink(missing_ok=True)
         if self.output.is_dir() and not any(self.output.iterdir()):
             self.output.rmdir()
-        if not self.output.exists():
+        if self.output.suffix == WEIGHTS:
+            (file,) = self.plan.shards
+            refuse_existing(self.output, overwrite=self.overwrite)
+            (self.folder / file).replace(self.output)
+            shutil.rmtree(self.folder)
+        elif not self.output.exists():
             self.folder.rename(self.output)
         else:
             refuse_existing(self.output, overwrite=self.overwrite)
@@ -240,9 +246,10 @@ def refuse_existing(output: Path, *, overwrite: bool = False) -> None:
         return
     if not overwrite:
         raise OutputExistsError(
-            f"'{output}' exists and is not empty: choose another folder, "
-            "or replace it with overwrite=True (--overwrite)."
+            f"'{output}' exists and is not empty: choose another name, or replace it with overwrite=True (--overwrite)."
         )
+    if output.is_file() and output.suffix == WEIGHTS:
+        return
     if not output.is_dir() or not any((output / name).is_file() for name in _MODEL_FILES):
         raise OutputExistsError(f"'{output}' exists and is no model, so it is not overwritten: choose another folder.")
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 import hf_merge
 from hf_merge.errors import MergeError, ParameterError, RecipeError, UnknownMethodError
 from hf_merge.recipe import Recipe
-from hf_merge.schedule import UNSET
+from hf_merge.schedule import UNSET, resolve_first
 from hf_merge.types import InMemory, ModelRef
 
 some = settings(
@@ -69,7 +69,8 @@ def refused(text, error=RecipeError, **changes):
 def of(recipe, parameter, name="w", depth=0.0, model=None):
     """What a recipe says of a parameter for one tensor."""
     own = next((entry.parameters for entry in recipe.models if entry.model == model), {})
-    return recipe.setting(parameter, name, depth, own, recipe.rule_for(name))
+    rule = recipe.rule_for(name)
+    return resolve_first((rule.parameters if rule else {}, own, recipe.parameters), parameter, name, depth)
 
 
 # in and out
@@ -570,7 +571,7 @@ def test_a_name_without_effect_in_mergekit_is_taken():
 # what cannot be meant
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "tokenizer_source", "chat_template"])
+@pytest.mark.parametrize("key", ["tokenizer", "tokenizer_source", "chat_template"])
 def test_what_is_not_there_yet_is_refused_by_name(key):
     for value in ("[]", "{source: union}", "union"):
         message = refused(f"{SMALL}{key}: {value}\n")
@@ -624,7 +625,7 @@ def test_revisions_of_a_model_are_different_models():
     ("text", "message"),
     [
         ("models: [org/a]\n", "Which method?"),
-        ("merge_method: linear\n", "The recipe lacks 'models'."),
+        ("merge_method: linear\n", "The recipe names no models: it should have models or slices or modules."),
         ("merge_method: linear\nmodels:\n  - parameters: {weight: 1}\n", "line 3: The recipe lacks 'model'."),
         (f"{SMALL}rules:\n  - merge_method: linear\n", "line 10: The recipe lacks 'pattern'."),
         ("merge_method: linear\nmodels: []\n", "line 2: 'models' should be a list of at least one model"),
@@ -673,7 +674,6 @@ def test_a_key_given_twice_is_refused_with_its_line(text, line):
         ("merge_method: linear\n\tmodels: x\n", "line 2: "),
         ("merge_method: *nothing\n", "line 1: "),
         ("merge_method: linear\nmodels: !!python/object/apply:os.getcwd []\n", "line 2: "),
-        ("merge_method: linear\n---\nmerge_method: ties\n", "line 2: "),
         ("merge_method: 'linear\n", "line 2: "),
         ("a: b: c\n", "line 1: "),
         ("}", "line 1: "),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_merge.types import TensorSpec
+from hf_merge.types import Ref, TensorSpec
 
 
 class Source(Mapping[str, Tensor]):
@@ -21,6 +21,7 @@ class Source(Mapping[str, Tensor]):
         config: the model's config.json, or nothing.
         public_id: `org/name` on the Hub, or None for what exists on this machine only.
         revision: the commit that was read, for a model on the Hub.
+        parents: the models it is made of, if it is itself the result of a merge.
     """
 
     label: str
@@ -28,6 +29,7 @@ class Source(Mapping[str, Tensor]):
     config: Mapping[str, Any] = {}
     public_id: str | None = None
     revision: str | None = None
+    parents: Mapping[Ref, Source] = {}
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
@@ -39,9 +41,45 @@ class Source(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.specs)
 
+    def bytes_read(self, name: str) -> int:
+        """Return how many bytes are read to get a tensor."""
+        return self.specs[name].nbytes
+
+    def bytes_held(self, name: str) -> int:
+        """Return how many bytes of memory a tensor takes while it is used; none if it is mapped."""
+        return 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The local folders or files that are read."""
+        return [path for parent in self.parents.values() for path in parent.paths]
+
     def fingerprint(self) -> str | None:
         """Identify the contents across processes without reading them; None if that cannot be done."""
         return None
 
     def write_companions(self, folder: Path) -> None:
         """Write all that belongs to the model but weights, card and config.json: tokenizer, processor, code."""
+
+
+class View(Source):
+    """A source that shows another one differently; all that is no tensor is the other's.
+
+    Args:
+        source: the other.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.label, self.config = source.label, source.config
+        self.public_id, self.revision, self.parents = source.public_id, source.revision, source.parents
+
+    def fingerprint(self) -> str | None:
+        return self.source.fingerprint()
+
+    def write_companions(self, folder: Path) -> None:
+        self.source.write_companions(folder)
+
+    @property
+    def paths(self) -> list[Path]:
+        return self.source.paths

@@ -121,6 +121,10 @@ class Checkpoint(Source):
     def config(self) -> Mapping[str, Any]:  # type: ignore[override]
         return read_json(self.path / "config.json") if (self.path / "config.json").is_file() else {}
 
+    @property
+    def paths(self) -> list[Path]:
+        return [self.path]
+
     def fingerprint(self) -> str:
         """Sizes and times of the files, or the commit."""
         if self.revision:
