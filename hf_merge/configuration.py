@@ -123,8 +123,8 @@ def _at(config: Config, path: Sequence[str]) -> Config:
 def _in_memory(config: Config, stack: str, specs: Mapping[str, TensorSpec]) -> bool:
     """Tell whether the checkpoint has the names of the model in memory rather than those of save_pretrained."""
     built = skeleton(config)
-    mine = [name for name in specs if layer_of(name).stack == stack and layer_of(name).layer == 0]
-    return built is not None and any(name not in built.specs for name in mine)
+    saved = {layer_of(name).rest for name in (built.specs if built else ())}
+    return any(layer_of(name).rest not in saved for name in specs if layer_of(name).stack == stack)
 
 
 def _difference(config: Config, stack: str, specs: Mapping[str, TensorSpec], *, in_memory: bool) -> str | None:

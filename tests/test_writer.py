@@ -64,7 +64,7 @@ def test_existing_output_is_refused_and_untouched(llamas, tmp_path, content):
     else:
         output.mkdir()
         (output / ("config.json" if content == "model" else "notes.txt")).write_text("mine")
-    with pytest.raises(hf_merge.OutputExistsError, match="choose another folder"):
+    with pytest.raises(hf_merge.OutputExistsError, match="choose another name"):
         merge(llamas, output)
     if content != "model":
         with pytest.raises(hf_merge.OutputExistsError, match="is no model, so it is not overwritten"):
