@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from hf_merge.architecture import depths, skeleton
 from hf_merge.recipe import Recipe
@@ -101,13 +102,17 @@ class Outline:
     def __init__(self, recipe: Recipe, models: Mapping[Ref, SourceLike], donor: int):
         self.recipe, self.donor = recipe, donor
         self.refs, self.sources = list(models), list(models.values())
-        self.layers = [Layers(source.specs) for source in self.sources]
         self.stacks: dict[str, tuple[tuple[int, int], ...]] = {}
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.parts = recipe.parts
         self.cuts = {name: tuple(self._cut(part, piece) for piece in part.outline)
                      for name, part in self.parts.items()}  # fmt: skip
+
+    @cached_property
+    def layers(self) -> list[Layers]:
+        """The stacks of layers of every model."""
+        return [Layers(source.specs) for source in self.sources]
 
     def _cut(self, part: Module, piece: Slice) -> Cut:
         method = part.merge_method or self.recipe.merge_method
