@@ -147,14 +147,15 @@ def _pieces(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) 
 def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor of floats: reductions first, then tile by tile."""
     method = get_method(str(step.method))
+    tiled = method.tiled(step.settings)
     places = [*step.inputs, *([] if step.base is None else [step.base])]
     flat = [sources[i][step.name].reshape(-1) for i in places]
     models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
     inputs = _Inputs(
-        models, base, [str(plan.models[i]) for i in places], method.space == "deltas", not method.elementwise, step,
+        models, base, [str(plan.models[i]) for i in places], method.space == "deltas", not tiled, step,
         scratch, not plan.recipe.allow_nonfinite,
     )  # fmt: skip
-    tiles = list(inputs) if method.elementwise is False or step.spec.numel <= TILE else inputs
+    tiles = inputs if tiled and step.spec.numel > TILE else list(inputs)
     reduced = method.reduce(tiles, step.settings)
     for tile in tiles:
         merged = method.run(tile, reduced, step.settings)

@@ -230,7 +230,7 @@ class _Planner:
         holders = tuple(i for i in cast.inputs if name in self.sources[i].specs)
         for i in set(cast.inputs) - set(holders):
             self.lacking.setdefault(i, []).append(name)
-        if not holders or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
+        if len(holders) < cast.method.least or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
             holders, cast = (self.donor_place,), _Cast(get_method("passthrough"), (self.donor_place,), None)
         specs = [self.sources[i].specs[name] for i in holders]
         self._compare(name, spec, dict(zip(holders, specs, strict=True)))
@@ -268,7 +268,7 @@ class _Planner:
             settings[parameter.name] = values if parameter.per_model else values[0]
         if method.seeded:
             settings[method.seeded] = tensor_seeds(self.recipe.seed, name, models)
-        return settings
+        return method.checked(settings)
 
     def bytes_read(self, step: Step) -> int:
         """Bytes of a step's inputs, its base among them."""
@@ -292,11 +292,11 @@ class _Planner:
             yield Problem(
                 "error", f"'{method.name}' {what}: pass base_model=, the model the others were fine-tuned from."
             )
-        if method.count is not None and found != method.count:
-            beside = " beside the base" if method.base != "ignored" else ""
-            yield Problem("error", f"'{method.name}' takes {method.count} model{beside}; found {found}.")
         if not found:
             yield Problem("error", f"'{method.name}' has no models to merge: all of them are the base.")
+        elif not method.takes(found):
+            beside = "" if method.base == "ignored" else " beside the base"
+            yield Problem("error", f"'{method.name}' takes {method.number_of_models}{beside}; found {found}.")
         unlisted = set(cast.inputs) - set(self.merged) - {self.base if self.recipe.rules else None}
         if unlisted and "weight" in method.parameters and "weight" not in self.recipe.parameters:
             yield Problem(
@@ -340,7 +340,7 @@ def working_memory(step: Step) -> int:
     """Estimate the bytes that computing a step takes beside its inputs and its output."""
     if step.method is None:
         return 0
-    elements = min(step.spec.numel, TILE) if get_method(step.method).elementwise else step.spec.numel
+    elements = min(step.spec.numel, TILE) if get_method(step.method).tiled(step.settings) else step.spec.numel
     held = len(step.inputs) + (step.base is not None)
     temporaries = 2 * len(step.inputs) + 4
     return elements * (held + temporaries) * compute_dtype([step.spec.dtype]).itemsize
