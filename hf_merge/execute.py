@@ -97,7 +97,7 @@ class _Inputs:
 
     def __iter__(self) -> Iterator[Stack]:
         numel = self.step.spec.numel
-        size = numel if self.whole else TILE
+        size = max(numel, 1) if self.whole else TILE
         for start in range(0, numel, size):
             yield self._load(start, min(size, numel - start))
         self.check = False  # all of it has been seen: later passes need not look again

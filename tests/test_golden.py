@@ -11,12 +11,6 @@ from tests.conftest import GOLDEN
 MERGEKIT = GOLDEN / "mergekit"
 CASES = sorted(path.name for path in (MERGEKIT / "cases").glob("*")) if MERGEKIT.is_dir() else []
 LATER = {
-    "arcee_fusion",
-    "karcher",
-    "model_stock",
-    "multislerp",
-    "nuslerp",
-    "sce",  # methods to come
     "passthrough",
     "slerp",  # recipes with slices
 }

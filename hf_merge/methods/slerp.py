@@ -25,4 +25,5 @@ def slerp(
     Notes:
         Tensors whose cosine exceeds 0.9995 in magnitude are interpolated linearly, as in MergeKit.
     """
-    return weighted_sum([base, models[0]], slerp_coefficients(angle.cosine, t, colinear=0.9995))
+    a, b = slerp_coefficients(angle.cosine, t, colinear=0.9995)
+    return weighted_sum([base, models[0]], [float(a), float(b)])
