@@ -22,11 +22,11 @@ def arcee_fusion(models: Models, base: Tensor) -> Merged:
     Notes:
         Quartiles are exact: the entries at places trunc(q * (N - 1)) of all sorted values; above a million entries
         MergeKit estimates them from a random sample. The result has the dtype asked for, where MergeKit leaves
-        float32 for 16-bit inputs. The divergence is computed in float64.
+        float32 for 16-bit inputs.
     """
     (model,) = models
+    if not model.numel():
+        return model.clone()
     importance = (model - base).abs_().mul_(divergence(base, model))
-    if not importance.numel():
-        return base.clone()
     first, median, third = quantiles(importance, [0.25, 0.5, 0.75])
     return torch.where(importance >= median + 1.5 * (third - first), model, base)

@@ -165,12 +165,11 @@ def divergence(a: Tensor, b: Tensor) -> Tensor:
     A row is read as a softmax over its entries, plus 1e-8.
     """
     columns = a.shape[-1] if a.dim() else 1
-    rows = max(1, _BLOCK // max(columns, 1))
+    rows = max(1, _BLOCK // columns)
     blocks = zip(a.reshape(-1, columns).split(rows), b.reshape(-1, columns).split(rows), strict=True)
-    found = torch.cat([_divergence(p.to(torch.float64), q.to(torch.float64)) for q, p in blocks])
-    return found.to(a.dtype).view(*a.shape[:-1], 1) if a.dim() else found.to(a.dtype).view(())
+    return torch.cat([_divergence(p, q) for q, p in blocks]).view([*a.shape[:-1], *[1] * min(a.dim(), 1)])
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
     p, q = p.softmax(-1).add_(1e-8), q.softmax(-1).add_(1e-8)
-    return (p / q).log_().mul_(p).sum(-1).clamp_(min=0)
+    return (p / q).log_().mul_(p).sum(-1)

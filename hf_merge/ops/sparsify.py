@@ -277,16 +277,22 @@ def energy_shares(tiles: Tiles, *, cut: Threshold) -> list[float]:
     return [e / total if total and total >= 1e-6 * numel else 1 / len(energy) for e in energy]
 
 
-def quantiles(values: Tensor, fractions: Sequence[float]) -> list[float]:
-    """Return for each fraction q the entry at place trunc(q * (N - 1)) of the sorted values, which are not negative."""
-    ranks = {i: partial(_from_the_top, q) for i, q in enumerate(fractions)}
-    found = _kth_largest([Stack([values] * len(fractions))], ranks)
+def quantiles(values: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Return for each fraction q the entry at place trunc(q * (N - 1)) of all the sorted values."""
+    if values.is_meta:
+        return values.new_zeros(len(fractions))
+    places = [int(q * (values.numel() - 1)) for q in fractions]
+    negative = int((values < 0).sum())
+    signs = [1.0 if place >= negative else -1.0 for place in places]
+    sides = {sign: (values * sign).clamp_(min=0) for sign in set(signs)}  # the other sign is at the bottom, as zeros
+    ranks = {i: partial(_from_the_top, place, sign) for i, (place, sign) in enumerate(zip(places, signs, strict=True))}
+    found = _kth_largest([Stack([sides[sign] for sign in signs])], ranks)
     bits = torch.tensor([found[i].bits for i in ranks], dtype=_words(values))
-    return bits.view(values.dtype).tolist()
+    return bits.view(values.dtype) * torch.tensor(signs, dtype=values.dtype)
 
 
-def _from_the_top(fraction: float, size: int) -> int:
-    return size - int(fraction * (size - 1))
+def _from_the_top(place: int, sign: float, size: int) -> int:
+    return size - place if sign > 0 else place + 1
 
 
 @dataclass(frozen=True)
