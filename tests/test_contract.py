@@ -181,8 +181,9 @@ def merged_by_engine(method: MergeMethod, models, base, **parameters):
 
 def assert_close(found, expected, models, method, message=""):
     """Compare up to a few roundings of the numbers that went in."""
-    reach = torch.stack([model.abs() for model in models]).amax(0) if models[0].numel() else models[0]
-    allowed = 1e-6 * (reach if method.elementwise else reach.max()) + 1e-5 * expected.abs()
+    reach = torch.stack([model.abs() for model in models]).amax(0)
+    reach = reach if method.elementwise or not reach.numel() else reach.max()
+    allowed = 1e-6 * reach + 1e-5 * expected.abs()
     assert ((found - expected).abs() <= allowed).all(), f"{message}{found} instead of {expected}"
 
 
