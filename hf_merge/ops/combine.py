@@ -20,7 +20,7 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
 
 def exact_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     """Return the weighted sum, rounded once: for weights that are large and cancel one another."""
-    total = tensors[0].to(torch.float64).mul_(weight[0]) if len(tensors) > 1 else tensors[0] * weight[0]
+    total = tensors[0].to(torch.float64, copy=True).mul_(weight[0]) if len(tensors) > 1 else tensors[0] * weight[0]
     for tensor, w in zip(tensors[1:], weight[1:], strict=True):
         total.add_(tensor, alpha=w)
     return total.to(tensors[0].dtype)

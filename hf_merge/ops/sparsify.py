@@ -270,7 +270,7 @@ def energy_shares(tiles: Tiles, *, cut: Threshold) -> list[float]:
     """Return each model's share of the mean square of the kept entries; equal ones where that is below 1e-6."""
     found, numel = [], 0
     for tile in tiles:
-        found.append([float(kept.to(torch.float64).square_().sum()) for kept in keep_varying(tile, cut)])
+        found.append([float(kept.to(torch.float64).square().sum()) for kept in keep_varying(tile, cut)])
         numel += tile[0].numel()
     energy = [sum(parts) for parts in zip(*found, strict=True)]
     total = sum(energy)
