@@ -53,7 +53,7 @@ def method_pages() -> str:
 
 
 def _page(method: MergeMethod) -> str:
-    count = "any number of models" if method.count is None else f"{method.count} model(s) beside the base"
+    count = method.number_of_models + (" beside the base" if method.base == "required" else "")
     scope = {True: "model", False: "merge"}
     rows = [
         f"| `{p.name}` | {p.words.replace('|', 'or')} | {scope[p.per_model]} | `{p.default}` | {p.help} |"

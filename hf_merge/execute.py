@@ -97,7 +97,7 @@ class _Inputs:
 
     def __iter__(self) -> Iterator[Stack]:
         numel = self.step.spec.numel
-        size = numel if self.whole else TILE
+        size = max(numel, 1) if self.whole else TILE
         for start in range(0, numel, size):
             yield self._load(start, min(size, numel - start))
         self.check = False  # all of it has been seen: later passes need not look again
@@ -147,14 +147,15 @@ def _pieces(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) 
 def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor of floats: reductions first, then tile by tile."""
     method = get_method(str(step.method))
+    tiled = method.tiled(step.settings)
     flat = [sources[one.model][one.name].reshape(-1) for one in step.reads]
     models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
     labels = [str(plan.models[one.model]) for one in step.reads]
     inputs = _Inputs(
-        models, base, labels, method.space == "deltas", not method.elementwise, step, scratch,
+        models, base, labels, method.space == "deltas", not tiled, step, scratch,
         not plan.recipe.allow_nonfinite,
     )  # fmt: skip
-    tiles = list(inputs) if method.elementwise is False or step.spec.numel <= TILE else inputs
+    tiles = inputs if tiled and step.spec.numel > TILE else list(inputs)
     reduced = method.reduce(tiles, step.settings)
     for tile in tiles:
         merged = method.run(tile, reduced, step.settings)

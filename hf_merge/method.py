@@ -10,6 +10,9 @@ Positional arguments are tensors, keyword-only arguments are parameters:
     base                the base model's weight (`Tensor`: required; `Tensor | None`: optional)
     name: Annotated[.., Reduced(f)]   a number about the whole tensor, computed by f(tiles, *, ...) beforehand
     *, parameter        annotation = type and range; `PerModel[..]` = one value for each model; `Seed` = randomness
+
+What a signature cannot say, the decorator does: how many models (`models=`, `min_models=`), whether tiles will do
+(`elementwise=`, which may depend on parameters) and which values do not go together (`check=`).
 """
 
 from __future__ import annotations
@@ -96,12 +99,14 @@ class MergeMethod:
         fn: the pure function.
         space: what it merges, `models` (weights) or `deltas` (task vectors).
         base: whether the base model's weight is `required`, `optional` or `ignored`.
-        count: exactly how many models it merges (base excluded), or None for any number.
+        count: exactly how many models it merges (base excluded), or None for any number from `least` on.
+        least: how many models it merges at least.
         parameters: its parameters by name.
         reductions: numbers about the whole tensor that it needs, in order.
         seeded: name of the parameter that gets the seeds, if the method is random.
         elementwise: whether each output entry depends on the same entry of the inputs only, so that it
-            may run on tiles.
+            may run on tiles; a function if that depends on parameters, see `tiled`.
+        check: complains about values that do not go together.
         ignored: names that MergeKit's recipes may give and that have no effect.
         paper: where it comes from.
         summary, formula, notes: from the docstring.
@@ -112,10 +117,12 @@ class MergeMethod:
     space: Literal["models", "deltas"]
     base: Literal["required", "optional", "ignored"]
     count: int | None
+    least: int
     parameters: Mapping[str, Parameter]
     reductions: Mapping[str, Callable[..., Any]]
     seeded: str | None
-    elementwise: bool
+    elementwise: bool | Callable[..., bool]
+    check: Callable[..., None] | None
     ignored: tuple[str, ...]
     paper: str
     summary: str
@@ -140,19 +147,32 @@ class MergeMethod:
         self._check_call(models, base)
         settings = self.settings(len(models), parameters)
         shape, dtype = models[0].shape, models[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        tensors = [t.to(wide).flatten() if self.elementwise else t.to(wide) for t in (*models, *_listed(base))]
+        wide, tiled = torch.promote_types(dtype, torch.float32), self.tiled(settings)
+        tensors = [t.to(wide).flatten() if tiled else t.to(wide) for t in (*models, *_listed(base))]
         stack = Stack(tensors[: len(models)], base=None if base is None else tensors[-1])
         merged = self.run(stack, self.reduce([_stand_in(stack)], settings), settings)
         return merged.reshape(shape).to(dtype)
 
     def _check_call(self, models: Sequence[Tensor], base: Tensor | None) -> None:
-        if not models or self.count not in (None, len(models)):
-            raise ParameterError(f"'{self.name}' takes {self.count or 'at least 1'} model(s); found {len(models)}.")
+        if not self.takes(len(models)):
+            raise ParameterError(f"'{self.name}' takes {self.number_of_models}; found {len(models)}.")
         if self.base == "required" and self.space == "models" and base is None:
             raise ParameterError(f"'{self.name}' merges into a base: pass it after the models.")
         if len({tuple(t.shape) for t in (*models, *_listed(base))}) > 1:
             raise ParameterError(f"'{self.name}' merges tensors of one shape; found {[list(t.shape) for t in models]}.")
+
+    def takes(self, count: int) -> bool:
+        """Whether it can merge so many models, base excluded."""
+        return count >= self.least and self.count in (None, count)
+
+    @property
+    def number_of_models(self) -> str:
+        """How many models it merges, in words: `2 models`, `at least 1 model`."""
+        return f"{'at least ' if self.count is None else ''}{self.least} model{'s' * (self.least != 1)}"
+
+    def tiled(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it runs on tiles with these parameters; else it sees whole tensors in their shape."""
+        return _by_name(self.elementwise, settings) if callable(self.elementwise) else self.elementwise
 
     def settings(self, count: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check parameters and complete them with defaults: a list of `count` values where they are per model."""
@@ -170,7 +190,16 @@ class MergeMethod:
             done[name] = [parameter.check(v, self.name) for v in values]
         if self.seeded:
             done[self.seeded] = self._seeds(given.get(self.seeded, 0), count)
-        return done
+        return self.checked(done)
+
+    def checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return complete settings, if the method's own `check` has nothing against them."""
+        try:
+            if self.check:
+                _by_name(self.check, settings)
+        except ValueError as error:
+            raise ParameterError(f"'{self.name}': {error}.") from None
+        return settings
 
     def _seeds(self, seed: Any, count: int) -> list[int]:
         """One seed for each model; a single one is spread so that no two models share a mask."""
@@ -201,8 +230,7 @@ class MergeMethod:
         """Compute the method's reductions over all tiles of one tensor."""
         found: dict[str, Any] = {}
         for name, by in self.reductions.items():
-            known = {**settings, **found}
-            found[name] = by(tiles, **{key: known[key] for key in _keywords(by)})
+            found[name] = _by_name(by, {**settings, **found}, tiles)
         return found
 
     def run(self, stack: Stack, reduced: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor:
@@ -215,8 +243,10 @@ class MergeMethod:
 def merge_method(
     *,
     paper: str,
-    elementwise: bool = False,
+    elementwise: bool | Callable[..., bool] = False,
     models: int | None = None,
+    min_models: int = 1,
+    check: Callable[..., None] | None = None,
     ignored: Sequence[str] = (),
     name: str | None = None,
 ) -> Callable[[Callable[..., Tensor]], MergeMethod]:
@@ -224,8 +254,11 @@ def merge_method(
 
     Args:
         paper: address of the paper or project that describes it.
-        elementwise: each output entry depends on the same entry of the inputs (and on reductions) only.
+        elementwise: each output entry depends on the same entry of the inputs (and on reductions) only; where that
+            depends on parameters, a function of them.
         models: exactly how many models it merges, base excluded; any number if not given.
+        min_models: how many at least.
+        check: gets the parameters it names and raises ValueError where they do not go together.
         ignored: parameters that MergeKit's recipes may give it and that have no effect.
         name: if not the function's.
 
@@ -234,16 +267,19 @@ def merge_method(
     """
 
     def register(fn: Callable[..., Tensor]) -> MergeMethod:
-        method = _read_signature(
-            fn, paper=paper, elementwise=elementwise, count=models, ignored=tuple(ignored), name=name or fn.__name__
-        )
-        known = _registry.get(method.name)
-        if known and (known.fn.__module__, known.fn.__qualname__) != (fn.__module__, fn.__qualname__):
-            raise TypeError(f"There is a merge method '{method.name}' already: give this one another name.")
-        _registry[method.name] = method
-        return method
+        words = {"paper": paper, "elementwise": elementwise, "check": check, "ignored": tuple(ignored)}
+        counts = {"count": models, "least": models or min_models}
+        return _registered(_read_signature(fn, name=name or fn.__name__, **words, **counts))
 
     return register
+
+
+def _registered(method: MergeMethod) -> MergeMethod:
+    known = _registry.get(method.name)
+    if known and (known.fn.__module__, known.fn.__qualname__) != (method.fn.__module__, method.fn.__qualname__):
+        raise TypeError(f"There is a merge method '{method.name}' already: give this one another name.")
+    _registry[method.name] = method
+    return method
 
 
 def get_method(name: str) -> MergeMethod:
@@ -280,8 +316,7 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     arguments = list(inspect.signature(fn).parameters.values())
     if untyped := [a.name for a in arguments if a.name not in hints]:
         raise TypeError(f"'{untyped[0]}' of '{name}' needs an annotation: it says type and range.")
-    positional = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY]
-    space, *others = positional or [""]
+    space, *others = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY] or [""]
     if space not in ("models", "deltas"):
         raise TypeError(f"The first argument of '{name}' must be called models or deltas, not '{space}'.")
     reductions = {other: mark.by for other in others if (mark := _mark(hints[other], Reduced))}
@@ -294,6 +329,7 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     keywords = [a for a in arguments if a.kind is a.KEYWORD_ONLY]
     seeded = next((a.name for a in keywords if _mark(hints[a.name], SeedMark)), None)
     parameters = {a.name: _parameter(a, hints[a.name], doc) for a in keywords if a.name != seeded}
+    _refuse_strangers(name, parameters, elementwise=words["elementwise"], check=words["check"])
     optional = NoneType in get_args(hints.get("base"))
     needed = "optional" if optional else "required" if space == "deltas" or "base" in others else "ignored"
     return MergeMethod(
@@ -318,6 +354,13 @@ def _parameter(argument: inspect.Parameter, hint: Any, doc: Mapping[str, Any]) -
     annotation = get_args(get_args(hint)[0])[0] if per_model else hint
     default = argument.default.value if isinstance(argument.default, Each) else argument.default
     return Parameter(argument.name, annotation, default, per_model, doc["args"].get(argument.name, ""))
+
+
+def _refuse_strangers(name: str, parameters: Mapping[str, Parameter], **conditions: Any) -> None:
+    """The decorator's functions of parameters may ask for parameters only."""
+    for word, condition in conditions.items():
+        if callable(condition) and (unknown := set(_keywords(condition)) - parameters.keys()):
+            raise TypeError(f"The {word} of '{name}' asks for what is no parameter: {', '.join(sorted(unknown))}.")
 
 
 def _mark(hint: Any, kind: type) -> Any:
@@ -351,6 +394,11 @@ def _read_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
 def _keywords(by: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a reduction's keyword-only arguments."""
     return tuple(a.name for a in inspect.signature(by).parameters.values() if a.kind is a.KEYWORD_ONLY)
+
+
+def _by_name(fn: Callable[..., Any], known: Mapping[str, Any], *positional: Any) -> Any:
+    """Call a function with the values of its keyword-only arguments."""
+    return fn(*positional, **{name: known[name] for name in _keywords(fn)})
 
 
 def _listed(base: Tensor | None) -> list[Tensor]:

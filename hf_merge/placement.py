@@ -57,8 +57,8 @@ def _spread(plan: Plan, accelerators: list[str]) -> dict[str, str]:
     """Give each tensor that is not merged elementwise to the accelerator with the fewest bytes so far."""
     load, found = dict.fromkeys(accelerators, 0), {}
     for step in plan.steps:
-        elementwise = step.method is None or get_method(step.method).elementwise
-        found[step.name] = "cpu" if elementwise or not load else min(load, key=lambda device: load[device])
+        tiled = step.method is None or get_method(step.method).tiled(step.settings)
+        found[step.name] = "cpu" if tiled or not load else min(load, key=lambda device: load[device])
         if found[step.name] != "cpu":
             load[found[step.name]] += step.spec.nbytes
     return found

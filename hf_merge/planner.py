@@ -126,7 +126,7 @@ class _Planner:
         if len(holders) < len(cast.inputs) and self.recipe.keys != "union":
             for one in set(range(len(cast.inputs))) - {cast.inputs.index(holder) for holder in holders}:
                 self.lacking.setdefault(cast.inputs[one].place, []).append(target.name)
-        if not holders or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
+        if len(holders) < cast.method.least or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
             holders = (self._lead(target),)
             cast = _Cast(get_method("passthrough"), holders, None)
         if cast.base and not self._has(cast.base, target):
@@ -191,7 +191,7 @@ class _Planner:
             settings[parameter.name] = values if parameter.per_model else values[0]
         if method.seeded:
             settings[method.seeded] = self._seeds(target, models, names)
-        return settings
+        return method.checked(settings)
 
     def _seeds(self, target: Target, models: Sequence[Participant], names: Sequence[str]) -> list[int]:
         """One seed for each model; a layer of the same model in two places has two."""
@@ -251,11 +251,11 @@ class _Planner:
             yield Problem(
                 "error", f"'{method.name}' {what}: pass base_model=, the model the others were fine-tuned from."
             )
-        if method.count is not None and found != method.count:
-            beside = " beside the base" if method.base != "ignored" else ""
-            yield Problem("error", f"'{method.name}' takes {method.count} model{beside}; found {found}.")
         if not found:
             yield Problem("error", f"'{method.name}' has no models to merge: all of them are the base.")
+        elif not method.takes(found):
+            beside = "" if method.base == "ignored" else " beside the base"
+            yield Problem("error", f"'{method.name}' takes {method.number_of_models}{beside}; found {found}.")
         merged = {self.refs.index(model) for model in self.recipe.merged}
         unlisted = [one for one in cast.inputs if one.place not in merged]
         if unlisted and not is_rule and "weight" in method.parameters and "weight" not in self.recipe.parameters:

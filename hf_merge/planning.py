@@ -173,7 +173,7 @@ def working_memory(step: Step) -> int:
     """Estimate the bytes that computing a step takes beside its inputs and its output."""
     if step.method is None:
         return 0
-    elements = min(step.spec.numel, TILE) if get_method(step.method).elementwise else step.spec.numel
+    elements = min(step.spec.numel, TILE) if get_method(step.method).tiled(step.settings) else step.spec.numel
     held = len(step.inputs) + (step.base is not None)
     temporaries = 2 * len(step.inputs) + 4
     return elements * (held + temporaries) * compute_dtype([step.spec.dtype]).itemsize

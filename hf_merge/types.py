@@ -81,6 +81,8 @@ def each(value: Any) -> Any:
 
 Number = Annotated[float, AllowInfNan(False)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Margin = Annotated[float, Ge(0), Le(0.5)]
+Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, AllowInfNan(False), Gt(0)]
 PerModel = Annotated[Sequence[T], PerModelMark()]
 Seed = Annotated[Sequence[int], SeedMark()]

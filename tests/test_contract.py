@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -32,6 +32,7 @@ WEIGHTS = [method for method in METHODS if method.space == "models"]
 SEEDED = [method for method in METHODS if method.seeded]
 ELEMENTWISE = [method for method in METHODS if method.elementwise]
 MANY = [method for method in METHODS if method.count is None]
+ALONE = [method for method in METHODS if method.takes(1)]
 WITH_BASE = {"required": (True,), "optional": (True, False), "ignored": (False,)}
 USES = [(m, with_base) for m in METHODS for with_base in (WITH_BASE[m.base] if m in WEIGHTS else (False,))]
 """Methods with and without a base in a call on tensors; task vectors are handed over without it."""
@@ -87,11 +88,11 @@ def _good_values(schema: dict, numbers):
         return st.none()
     if "exclusiveMinimum" in schema:
         return st.sampled_from([1e-4, 0.3, 1.0, 50.0]).map(lambda step: schema["exclusiveMinimum"] + step)
+    if schema["type"] == "integer":
+        return st.integers(schema.get("minimum", 1), schema.get("minimum", 1) + 5)
     if {"minimum", "maximum"} <= schema.keys():
         low, high = schema["minimum"], schema["maximum"]
         return st.integers(0, 64).map(lambda part: low + (high - low) * part / 64)
-    if schema["type"] == "integer":
-        return st.integers(schema.get("minimum", 1), schema.get("minimum", 1) + 5)
     return st.sampled_from(numbers)
 
 
@@ -130,20 +131,31 @@ few_numbers = st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 4.0])
 def merges(draw, method: MergeMethod, *, count=None, elements=any_number, numbers=NUMBERS, dtype=torch.float32):
     """Inputs of a method: models of one shape, a base, and parameters with the seeds."""
     shape = draw(st.sampled_from(SHAPES))
-    count = method.count or count or draw(st.integers(1, 3))
+    count = method.count or count or draw(st.integers(method.least, 3))
     models = [draw(tensors(shape, elements, dtype)) for _ in range(count)]
     return models, draw(tensors(shape, elements, dtype)), draw(parameters_of(method, count, numbers))
 
 
 @st.composite
 def parameters_of(draw, method: MergeMethod, count: int, numbers=NUMBERS):
-    drawn = {}
-    for name, parameter in method.parameters.items():
-        one = good_values(parameter, numbers)
-        drawn[name] = draw(st.lists(one, min_size=count, max_size=count)) if parameter.per_model else draw(one)
+    values = {name: good_values(parameter, numbers) for name, parameter in method.parameters.items()}
+    shared = {name: one for name, one in values.items() if not method.parameters[name].per_model}
+    drawn = draw(st.fixed_dictionaries(shared))
+    own = st.fixed_dictionaries({name: one for name, one in values.items() if name not in shared})
+    each_own = [draw(own.filter(lambda one: go_together(method, {**drawn, **one}))) for _ in range(count)]
+    drawn |= {name: [one[name] for one in each_own] for name in values if name not in shared}
     if method.seeded:
         drawn[method.seeded] = draw(st.lists(st.integers(0, 2**64 - 1), min_size=count, max_size=count))
     return drawn
+
+
+def go_together(method: MergeMethod, parameters: dict) -> bool:
+    """Whether the method's own check accepts these values for a model."""
+    try:
+        method.settings(1, parameters)
+    except ParameterError:
+        return False
+    return True
 
 
 def at_half(method: MergeMethod, count: int) -> dict:
@@ -169,8 +181,9 @@ def merged_by_engine(method: MergeMethod, models, base, **parameters):
 
 def assert_close(found, expected, models, method, message=""):
     """Compare up to a few roundings of the numbers that went in."""
-    reach = torch.stack([model.abs() for model in models]).amax(0) if models[0].numel() else models[0]
-    allowed = 1e-6 * (reach if method.elementwise else reach.max()) + 1e-5 * expected.abs()
+    reach = torch.stack([model.abs() for model in models]).amax(0)
+    reach = reach if method.elementwise or not reach.numel() else reach.max()
+    allowed = 1e-6 * reach + 1e-5 * expected.abs()
     assert ((found - expected).abs() <= allowed).all(), f"{message}{found} instead of {expected}"
 
 
@@ -193,7 +206,8 @@ def test_finite_inputs_give_a_finite_result_of_their_shape_and_dtype(method, wit
 @given(data=st.data())
 @some
 def test_inputs_and_parameters_are_left_untouched_and_a_second_call_gives_the_same(method, with_base, data):
-    models, base, parameters = data.draw(merges(method))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    models, base, parameters = data.draw(merges(method, dtype=dtype))
     copies, base_copy, parameters_copy = [m.clone() for m in models], base.clone(), repr(parameters)
     first = method(models, base if with_base else None, **parameters).clone()
     second = method(models, base if with_base else None, **parameters)
@@ -215,7 +229,7 @@ def test_task_vectors_of_zeros_give_zeros(method, data):
 @given(data=st.data())
 @some
 def test_identical_models_give_that_model(method, with_base, data):
-    shape, count = data.draw(st.sampled_from(SHAPES)), method.count or data.draw(st.integers(1, 3))
+    shape, count = data.draw(st.sampled_from(SHAPES)), method.count or data.draw(st.integers(method.least, 3))
     model = data.draw(tensors(shape, any_number))
     drawn = data.draw(parameters_of(method, count, numbers=[0.5, 1.0, 3.0]))
     free = [p for p in method.parameters.values() if p.per_model and is_plain_number(p)]
@@ -291,7 +305,7 @@ def test_the_engine_gives_every_tensor_its_own_mask_and_follows_the_seed_of_the_
 # neutral values
 
 
-@each_use([method for method in METHODS if NEUTRAL.keys() & method.parameters.keys()])
+@each_use([method for method in ALONE if NEUTRAL.keys() & method.parameters.keys()])
 def test_one_model_at_neutral_values_is_left_as_it_is(method, with_base):
     models, base = example(method)
     neutral = {name: value for name, value in NEUTRAL.items() if name in method.parameters}
@@ -299,7 +313,7 @@ def test_one_model_at_neutral_values_is_left_as_it_is(method, with_base):
     torch.testing.assert_close(merged, models[0], rtol=1e-6, atol=0)
 
 
-@each_use([method for method in METHODS if "density" in method.parameters])
+@each_use([method for method in ALONE if "density" in method.parameters])
 def test_a_density_of_1_trims_nothing_whatever_the_rescaling_and_the_seed(method, with_base):
     models, base = example(method)
     given_base = base if with_base else None
@@ -380,6 +394,7 @@ def run_on_tiles(method, models, base, size, checked):
 def test_a_method_that_says_it_is_elementwise_gives_the_same_on_tiles(method, data):
     models, base, parameters = data.draw(merges(method, numbers=POWERS).filter(lambda drawn: drawn[1].numel()))
     checked = method.settings(len(models), parameters)
+    assume(method.tiled(checked))
     whole = run_on_tiles(method, models, base, models[0].numel(), checked)
     for size in (1, 2, 3, 7):
         assert_close(
@@ -506,7 +521,8 @@ def test_the_docstring_explains_no_parameter_that_does_not_exist(method):
 def test_a_method_is_registered_under_its_own_name_and_says_what_it_needs(method):
     assert get_method(method.name) is method
     assert method.base in ("required", "optional", "ignored")
-    assert method.count is None or method.count >= 1
+    assert method.least >= 1
+    assert method.count in (None, method.least)
     assert method.seeded is None or method.seeded not in method.parameters
     assert not set(method.ignored) & set(method.parameters)
     assert ("lambda" in method.parameters) == (method.space == "deltas")

@@ -448,6 +448,80 @@ def test_the_plan_counts_the_models_of_a_registered_method():
         hf_merge.merge_state_dicts([one], method="pair")
 
 
+def test_a_least_number_of_models_is_declared_and_kept():
+    @merge_method(paper=PAPER, min_models=2)
+    def crowd(models: Models) -> Merged:
+        """Take the last."""
+        return models[-1]
+
+    one, two = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    assert [crowd.takes(count) for count in range(4)] == [False, False, True, True]
+    assert crowd.number_of_models == "at least 2 models"
+    assert hf_merge.merge_state_dicts([one, two], method="crowd")["w"].tolist() == [1, 1]
+    with pytest.raises(PlanError, match="'crowd' takes at least 2 models; found 1"):
+        hf_merge.merge_state_dicts([one], method="crowd")
+    with pytest.raises(ParameterError, match="'crowd' takes at least 2 models; found 1"):
+        crowd([torch.ones(2)])
+
+
+def test_whether_a_method_runs_on_tiles_may_depend_on_its_parameters():
+    seen = []
+
+    @merge_method(paper=PAPER, elementwise=lambda *, by_row: not by_row)
+    def centred(models: Models, *, by_row: bool = False) -> Merged:
+        """Note the shapes.
+
+        Args:
+            by_row: whether rows matter.
+        """
+        seen.append(tuple(models[0].shape))
+        return models[0]
+
+    model = {"w": torch.ones(600, 1000)}
+    hf_merge.merge_state_dicts([model], method="centred")
+    assert len(seen) == 3 and all(len(shape) == 1 for shape in seen), "tiles"
+    hf_merge.merge_state_dicts([model], method="centred", by_row=True)
+    assert seen[3:] == [(600, 1000)]
+    centred([torch.ones(2, 3)], by_row=True)
+    centred([torch.ones(2, 3)])
+    assert seen[4:] == [(2, 3), (6,)]
+
+
+def test_values_that_do_not_go_together_are_refused_by_the_methods_own_check():
+    def in_order(*, low, high):
+        if low > high:
+            raise ValueError(f"low {low:g} exceeds high {high:g}: swap them")
+
+    @merge_method(paper=PAPER, elementwise=True, check=in_order)
+    def band(models: Models, *, low: Number = 0.0, high: Number = 1.0) -> Merged:
+        """Stay within.
+
+        Args:
+            low: the least.
+            high: the most.
+        """
+        return models[0].clamp(low, high)
+
+    assert band([torch.tensor([-1.0, 5.0])], low=-0.5).tolist() == [-0.5, 1]
+    with pytest.raises(ParameterError, match="'band': low 2 exceeds high 1: swap them"):
+        band([torch.ones(2)], low=2.0)
+    with pytest.raises(ParameterError, match="'band': low 2 exceeds high 1: swap them"):
+        hf_merge.merge_state_dicts([{"w": torch.ones(2)}], method="band", low=2.0)
+
+
+@pytest.mark.parametrize("word", ["elementwise", "check"])
+def test_a_condition_on_what_is_no_parameter_is_refused(word):
+    def stranger(*, colour):
+        return colour
+
+    with pytest.raises(TypeError, match=f"The {word} of 'plain' asks for what is no parameter: colour"):
+
+        @merge_method(paper=PAPER, **{word: stranger})
+        def plain(models: Models) -> Merged:
+            """Take the first."""
+            return models[0]
+
+
 def test_a_registered_method_that_is_not_elementwise_gets_whole_tensors_from_the_engine():
     @merge_method(paper=PAPER)
     def transpose(models: Models, base: Tensor) -> Merged:

@@ -22,7 +22,7 @@ PARAMETERS = {
 
 def merge(minilm, method, output):
     described = hf_merge.get_method(method)
-    models = [minilm["a"], minilm["b"]] if described.count is None else [minilm["a"]]
+    models = [minilm["a"], minilm["b"]] if described.takes(2) else [minilm["a"]]
     base = None if described.base == "ignored" else minilm["base"]
     return hf_merge.merge(models, output, method=method, base_model=base, **PARAMETERS.get(method, {}))
 

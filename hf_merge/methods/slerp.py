@@ -23,6 +23,8 @@ def slerp(
         t: position between the base (0) and the model (1).
 
     Notes:
-        Tensors whose cosine exceeds 0.9995 in magnitude are interpolated linearly, as in MergeKit.
+        Tensors whose cosine exceeds 0.9995 in magnitude are interpolated linearly, as in MergeKit. MergeKit asks
+        for t; the default here is midway.
     """
-    return weighted_sum([base, models[0]], slerp_coefficients(angle.cosine, t, colinear=0.9995))
+    a, b = slerp_coefficients(angle.cosine, t, colinear=0.9995)
+    return weighted_sum([base, models[0]], [float(a), float(b)])

@@ -18,6 +18,14 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     return total
 
 
+def exact_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
+    """Return the weighted sum, rounded once: for weights that are large and cancel one another."""
+    total = tensors[0].to(torch.float64, copy=True).mul_(weight[0]) if len(tensors) > 1 else tensors[0] * weight[0]
+    for tensor, w in zip(tensors[1:], weight[1:], strict=True):
+        total.add_(tensor, alpha=w)
+    return total.to(tensors[0].dtype)
+
+
 def linear_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize: bool) -> Tensor:
     """Return the weighted sum; with `normalize` divided by the sum of the weights (by 1 where that is below 1e-8)."""
     total = weighted_sum(tensors, weight)
@@ -32,15 +40,38 @@ def disjoint_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normaliz
     entry is divided by the weights that took part (by 1 where they sum to 0), which is TIES' disjoint mean.
     """
     weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
-    # Masks are floats, 0 or 1: torch's boolean masks cost ten to fifty times as much.
-    elected = weighted_sum(weighted, [1.0] * len(weighted)).ge_(0).mul_(2).sub_(1)
-    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-    for entries, w in zip(weighted, weight, strict=True):
-        total.add_(entries.mul_(elected).clamp_(min=0))  # the magnitudes of those that agree
-        if normalize:
-            divisor.add_(entries.gt_(0), alpha=w)
-    total.mul_(elected)
+    elected = _elected_sign(weighted)
+    ones, shares = [1.0] * len(weighted), weight if normalize else [0.0] * len(weighted)
+    total, divisor = _sum_of_agreeing(weighted, elected, ones, shares)
     return total.div_(divisor.add_(torch.eq(divisor, 0, out=elected))) if normalize else total
+
+
+def disjoint_mean(tensors: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    """Elect a sign for each entry, each tensor having one vote, then average those that have it by their shares.
+
+    Shares that sum to less than 1e-6 are divided by that.
+    """
+    total, divisor = _sum_of_agreeing(tensors, _elected_sign(tensors), share, share)
+    return total.div_(divisor.clamp_(min=1e-6))
+
+
+def _elected_sign(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sign of the sum as 1 or -1, zero counting as positive."""
+    # Masks are floats, 0 or 1: torch's boolean masks cost ten to fifty times as much.
+    return weighted_sum(tensors, [1.0] * len(tensors)).ge_(0).mul_(2).sub_(1)
+
+
+def _sum_of_agreeing(
+    tensors: Sequence[Tensor], elected: Tensor, scale: Sequence[float], share: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Sum the scaled entries of the elected sign, and the shares of the tensors that have it."""
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for tensor, factor, part in zip(tensors, scale, share, strict=True):
+        agreeing = tensor.mul(elected).clamp_(min=0)
+        total.add_(agreeing, alpha=factor)
+        if part:
+            divisor.add_(agreeing.gt_(0), alpha=part)
+    return total.mul_(elected), divisor
 
 
 def active(deltas: Sequence[Tensor], epsilon: float) -> list[Tensor]:

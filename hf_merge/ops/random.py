@@ -40,11 +40,21 @@ def random_bits(seed: int, start: int, numel: int, device: torch.device | str = 
     return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=half).bitwise_and_(0xFFFF))
 
 
-def bernoulli(seed: int, probability: float, like: Tensor, start: int = 0) -> Tensor:
+def bernoulli(seed: int, probability: float | Tensor, like: Tensor, start: int = 0) -> Tensor:
     """Draw an integer mask for each element of `like`: all bits set with `probability`, none otherwise.
 
     Applied to the bits of a float it keeps or clears it, at a tenth of the price of a boolean mask in torch.
+
+    Args:
+        seed: 64 bits.
+        probability: one for all elements, or a tensor with one for each.
+        like: gives shape and device.
+        start: index of the first element.
     """
+    if isinstance(probability, Tensor):
+        level = probability.clamp(0, 1 - 2**-24).mul_(_WORD).sub_(_WORD >> 1).to(torch.int32)
+        below = random_bits(seed, start, like.numel(), like.device).view(like.shape).lt_(level)
+        return below.bitwise_or_(probability >= 1).neg_()
     threshold = round(probability * _WORD)
     if not 0 < threshold < _WORD:
         return torch.full(like.shape, -1 if threshold > 0 else 0, dtype=torch.int32, device=like.device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from hf_merge.ops.combine import weighted_sum
 from hf_merge.ops.random import bernoulli
 from hf_merge.types import Stack, Tiles
 
@@ -146,8 +147,11 @@ def rescale_factors(
         for i in models:
             before[i] += float(tile[i].abs().sum(dtype=torch.float64))
             after[i] += float(sparsify(tile, i).abs().sum(dtype=torch.float64))
-    near_zero = {i for i in models if min(before[i], after[i]) < _L1_FLOOR}
-    return [before[i] / after[i] if i in before and i not in near_zero else 1.0 for i in range(len(density))]
+    return [_l1_factor(before[i], after[i]) if i in before else 1.0 for i in range(len(density))]
+
+
+def _l1_factor(before: float, after: float) -> float:
+    return before / after if min(before, after) >= _L1_FLOOR else 1.0
 
 
 def magnitude_factors(tiles: Tiles, *, cut: Sequence[Threshold], rescale: str, density: Sequence[float]) -> list[float]:
@@ -185,6 +189,122 @@ def drop(deltas: Stack, density: Sequence[float], seed: Sequence[int], factors: 
     """Drop entries of every task vector at random and rescale the rest."""
     drawn = zip(deltas, density, seed, factors, strict=True)
     return [_scaled(keep_random(d, p, s, deltas.start), f) for d, p, s, f in drawn]
+
+
+def possible_by_rank(*, density: Sequence[float], epsilon: Sequence[float]) -> None:
+    """Refuse densities to whose both sides there is no room for epsilon."""
+    for d, e in zip(density, epsilon, strict=True):
+        if 0 < d < 1 and not 0 < d - e <= d + e < 1:
+            raise ValueError(
+                f"density {d:g} with epsilon {e:g} gives probabilities outside of (0, 1): "
+                f"set epsilon below {min(d, 1 - d):g}, or density to 0 or 1"
+            )
+
+
+def rank_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """Return the probability with which DELLA keeps each entry of a whole task vector.
+
+    It rises evenly from density - epsilon for the smallest to density + epsilon for the largest magnitude of a
+    row, which is a run along dim 1 (a vector is one row); among equals, with the index. A row of one has `density`.
+    """
+    dim = min(delta.dim() - 1, 1)
+    if dim < 0 or delta.shape[dim] < 2:
+        return torch.full_like(delta, density)
+    length = delta.shape[dim]
+    ladder = torch.linspace(density - epsilon, density + epsilon, length, dtype=delta.dtype, device=delta.device)
+    ladder = ladder.view(-1, *[1] * (delta.dim() - dim - 1)).expand(delta.shape)
+    return torch.empty_like(delta).scatter_(dim, magnitude_bits(delta).argsort(dim=dim, stable=True), ladder)
+
+
+def drop_by_rank(
+    deltas: Stack, density: Sequence[float], epsilon: Sequence[float], seed: Sequence[int], rescale: str
+) -> list[Tensor]:
+    """Drop entries of whole task vectors at random, small ones more often, and rescale the rest.
+
+    Args:
+        deltas: whole task vectors in their shape.
+        density: mean probability to keep an entry, one for each model; >= 1 keeps all, <= 0 none.
+        epsilon: how far the probabilities of a row reach to both sides of it.
+        seed: one for each model.
+        rescale: `l1` matches the L1 norm of the tensor before, `density` divides every entry by its probability.
+    """
+    drawn = zip(deltas, density, epsilon, seed, strict=True)
+    return [_drop_by_rank(d, p, e, s, rescale) if 0 < p < 1 else d * (p > 0) for d, p, e, s in drawn]
+
+
+def _drop_by_rank(delta: Tensor, density: float, epsilon: float, seed: int, rescale: str) -> Tensor:
+    probability = rank_probabilities(delta, density, epsilon)
+    kept = delta.view(_words(delta)).bitwise_and(bernoulli(seed, probability, delta)).view(delta.dtype)
+    if rescale == "density":
+        return kept.div_(probability)
+    if rescale == "none" or delta.device.type == "meta":
+        return kept
+    return _scaled(kept, _l1_factor(*(float(t.abs().sum(dtype=torch.float64)) for t in (delta, kept))))
+
+
+def variance_threshold(tiles: Tiles, *, select_topk: float) -> Threshold:
+    """Find the cut that keeps the fraction `select_topk` of those entries that vary between the models at all."""
+    if select_topk >= 1:
+        return KEEP_ALL
+    spread = _Derived(tiles, variance)
+    varying = sum(int(tile[0].count_nonzero()) for tile in spread)
+    return _kth_largest(spread, {0: lambda size: int(varying * select_topk)}).get(0, KEEP_NONE)
+
+
+def variance(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the population variance of each entry over the models."""
+    ones = [1.0] * len(tensors)
+    mean = weighted_sum(tensors, ones).div_(len(tensors))
+    return weighted_sum([(tensor - mean).square_() for tensor in tensors], ones).div_(len(tensors))
+
+
+def keep_varying(deltas: Stack, cut: Threshold) -> Sequence[Tensor]:
+    """Zero, in all task vectors, the entries whose variance over the models the threshold cuts."""
+    if cut == KEEP_ALL:
+        return deltas
+    mask = keep_largest(variance(deltas), cut, deltas.start).gt_(0)
+    return [delta * mask for delta in deltas]
+
+
+def energy_shares(tiles: Tiles, *, cut: Threshold) -> list[float]:
+    """Return each model's share of the mean square of the kept entries; equal ones where that is below 1e-6."""
+    found, numel = [], 0
+    for tile in tiles:
+        found.append([float(kept.to(torch.float64).square().sum()) for kept in keep_varying(tile, cut)])
+        numel += tile[0].numel()
+    energy = [sum(parts) for parts in zip(*found, strict=True)]
+    total = sum(energy)
+    return [e / total if total and total >= 1e-6 * numel else 1 / len(energy) for e in energy]
+
+
+def quantiles(values: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Return for each fraction q the entry at place trunc(q * (N - 1)) of all the sorted values."""
+    if values.is_meta:
+        return values.new_zeros(len(fractions))
+    places = [int(q * (values.numel() - 1)) for q in fractions]
+    negative = int((values < 0).sum())
+    signs = [1.0 if place >= negative else -1.0 for place in places]
+    sides = {sign: (values * sign).clamp_(min=0) for sign in set(signs)}  # the other sign is at the bottom, as zeros
+    ranks = {i: partial(_from_the_top, place, sign) for i, (place, sign) in enumerate(zip(places, signs, strict=True))}
+    found = _kth_largest([Stack([sides[sign] for sign in signs])], ranks)
+    bits = torch.tensor([found[i].bits for i in ranks], dtype=_words(values))
+    return bits.view(values.dtype) * torch.tensor(signs, dtype=values.dtype)
+
+
+def _from_the_top(place: int, sign: float, size: int) -> int:
+    return size - place if sign > 0 else place + 1
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """Tiles of a tensor that is computed from the tiles of others."""
+
+    tiles: Tiles
+    by: Callable[[Stack], Tensor]
+
+    def __iter__(self) -> Iterator[Stack]:
+        for tile in self.tiles:
+            yield Stack([self.by(tile)], start=tile.start)
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
