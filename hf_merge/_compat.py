@@ -26,6 +26,13 @@ def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
     return {name: (live.get(id(tensor)), tensor) for name, tensor in saved.items()}
 
 
+def mxfp4_dequantizer() -> Any:
+    """Return `f(blocks, scales, *, dtype)`: packed experts [E, rows, groups, 16] to [E, 32 * groups, rows]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors
+
+
 def pipeline_tag(architecture: str) -> str | None:
     """Return the Hub's task of a model class: `text-generation` for LlamaForCausalLM."""
     from transformers.models.auto import modeling_auto  # transformers.modelcard has the table, and imports the trainer

@@ -251,6 +251,6 @@ def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:
 
 def _refuse_own_input(target: Path, sources: list[Source]) -> None:
     """Raise if the output would take the place of an input."""
-    for source in sources:
-        if isinstance(source, Checkpoint) and source.path.resolve().is_relative_to(target.resolve()):
-            raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another folder.")
+    for part in (part for source in sources for part in source.parts):
+        if isinstance(part, Checkpoint) and part.path.resolve().is_relative_to(target.resolve()):
+            raise OutputError(f"'{target}' is or holds the input '{part.label}': choose another folder.")

@@ -37,6 +37,13 @@ def test_plain_module_keeps_its_names():
     }
 
 
+def test_mxfp4_is_still_unpacked_by_transformers_low_half_first_and_transposed():
+    blocks, scales = torch.zeros(1, 2, 1, 16, dtype=torch.uint8), torch.full((1, 2, 1), 128, dtype=torch.uint8)
+    blocks[0, 1, 0, 0] = 0xA7  # 7 is 6.0, 10 is -1.0; the exponent is 1
+    made = _compat.mxfp4_dequantizer()(blocks, scales, dtype=torch.float32)
+    assert made.shape == (1, 32, 2) and made[0, :2, 1].tolist() == [12.0, -2.0] and made.abs().sum() == 14
+
+
 @pytest.mark.parametrize(
     ("architecture", "tag"),
     [

@@ -13,6 +13,7 @@ from hf_merge.sources.base import Source
 from hf_merge.sources.checkpoint import PICKLES, Checkpoint
 from hf_merge.sources.mapping import MappingSource
 from hf_merge.sources.module import ModuleSource
+from hf_merge.sources.quantized import dequantized
 from hf_merge.types import InMemory, ModelRef
 
 __all__ = ["Source", "open_source", "open_sources"]
@@ -32,9 +33,11 @@ def open_sources(models: Iterable[ModelRef | InMemory], **hub: Any) -> dict[Mode
 
 
 def open_source(model: ModelRef | InMemory, **hub: Any) -> Source:
-    """Open one model; headers are read, values are not."""
-    if isinstance(model, ModelRef):
-        return _open_reference(model, **hub)
+    """Open one model, dequantised if it is quantised; headers are read, values are not."""
+    return dequantized(_open_reference(model, **hub) if isinstance(model, ModelRef) else _open_object(model))
+
+
+def _open_object(model: InMemory) -> Source:
     if isinstance(model.value, nn.Module):
         return ModuleSource(model.value, model.label)
     if isinstance(model.value, Mapping):

@@ -39,6 +39,11 @@ class Source(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.specs)
 
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """What it is made of: itself, or for a model with an adapter the base and the adapter."""
+        return (self,)
+
     def fingerprint(self) -> str | None:
         """Identify the contents across processes without reading them; None if that cannot be done."""
         return None
