@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
 
@@ -24,6 +26,26 @@ def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
     live = {id(tensor): name for name, tensor in state.items()}
     saved: dict[str, Tensor] = revert_weight_conversion(module, state)  # type: ignore[arg-type]
     return {name: (live.get(id(tensor)), tensor) for name, tensor in saved.items()}
+
+
+def disk_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Map the names of a model in memory to those of its checkpoint, by its config; nothing if it cannot be built.
+
+    Fused tensors, which are several in the checkpoint, are left out. The model is built without memory.
+    """
+    import torch
+    import transformers
+
+    architecture = next(iter(config.get("architectures") or ()), None)
+    model_class = getattr(transformers, str(architecture), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        return {}
+    try:
+        with torch.device("meta"):
+            layout = on_disk_layout(model_class(model_class.config_class.from_dict(dict(config))))  # type: ignore[union-attr]
+    except Exception:  # whatever a model's own code raises on a config that is not its own
+        return {}
+    return {live: name for name, (live, _) in layout.items() if live is not None}
 
 
 def mxfp4_dequantizer() -> Any:

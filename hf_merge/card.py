@@ -51,7 +51,7 @@ def merged_card(
         notes=_notes(plan),
         recipe=recipe.to_yaml(),
         how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
-        has_local_models=any(source.public_id is None for source in sources),
+        has_local_models=any(part.public_id is None for source in sources for part in source.parts),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
     )
@@ -59,27 +59,43 @@ def merged_card(
 
 def pinned_recipe(recipe: Recipe, sources: Mapping[ModelRef | InMemory, Source]) -> Recipe:
     """Return the recipe with the commit of every model of the Hub."""
-    pinned = {model: _pinned(source) for model, source in sources.items() if source.public_id}
-    return recipe.renamed(pinned)
+    return recipe.renamed({model: _named(model, source, hide=False) for model, source in sources.items()})
 
 
 def public_recipe(recipe: Recipe, sources: Mapping[ModelRef | InMemory, Source]) -> Recipe:
     """Return the recipe as others may see it: commits pinned, and of local paths only the last part."""
-    local = {model: ModelRef(path=_local_name(model)) for model, source in sources.items() if not source.public_id}
-    return pinned_recipe(recipe, sources).renamed(local)
+    return recipe.renamed({model: _named(model, source, hide=True) for model, source in sources.items()})
 
 
-def _pinned(source: Source) -> ModelRef:
-    return ModelRef(path=str(source.public_id), revision=source.revision)
+def _named(model: ModelRef | InMemory, source: Source, *, hide: bool) -> Any:
+    """Pin the commits of a model and its adapter; hide whose machine a local path was on."""
+    if isinstance(model, InMemory):
+        return ModelRef(path=model.label) if hide else model
+    named = [_named_part(ref, part, hide=hide) for ref, part in zip(_refs(model), source.parts, strict=True)]
+    return named[0].with_lora(named[1] if len(named) > 1 else None)
+
+
+def _named_part(ref: ModelRef, part: Source, *, hide: bool) -> ModelRef:
+    if part.public_id:
+        return ModelRef(path=part.public_id, revision=part.revision)
+    return ModelRef(path=_local_name(ref)) if hide else ref
+
+
+def _refs(model: ModelRef) -> list[ModelRef]:
+    """A model without its adapter, and the adapter."""
+    return [model.with_lora(None), *([model.lora] if model.lora else [])]
 
 
 def _local_name(model: ModelRef | InMemory) -> str:
     """The last part of a path says what it is; the rest says whose machine it was on."""
-    return model.label if isinstance(model, InMemory) else Path(model.path).resolve().name
+    if isinstance(model, InMemory):
+        return model.label
+    return "+".join(Path(ref.path).resolve().name for ref in _refs(model))
 
 
 def _card_data(sources: Sequence[Source], config: Mapping[str, Any], *, is_sentence_transformer: bool) -> ModelCardData:
-    public = [source.public_id for source in sources if source.public_id]
+    parts = dict.fromkeys(part.public_id for source in sources for part in source.parts if part.public_id)
+    public = list(parts)
     architecture = next(iter(config.get("architectures") or ()), None)
     tag = "sentence-similarity" if is_sentence_transformer else architecture and _compat.pipeline_tag(architecture)
     library = "sentence-transformers" if is_sentence_transformer else "transformers" if config else None
@@ -96,12 +112,15 @@ def _row(plan: Plan, place: int, source: Source) -> dict[str, Any]:
     model = plan.models[place]
     merged = any(entry.model == model for entry in plan.recipe.models)
     roles = [word for word, true in (("base", model == plan.recipe.base_model), ("merged", merged)) if true]
-    link = (
-        f"[{source.public_id}](https://huggingface.co/{source.public_id})"
-        if source.public_id
-        else f"`{_local_name(model)}`"
-    )
-    return {"link": link, "role": ", ".join(roles), "revision": source.revision}
+    refs = [model] if isinstance(model, InMemory) else _refs(model)
+    links = [_link(ref, part) for ref, part in zip(refs, source.parts, strict=True)]
+    revisions = [part.revision for part in source.parts if part.revision]
+    return {"link": " + ".join(links), "role": ", ".join(roles), "revision": ", ".join(revisions)}
+
+
+def _link(model: ModelRef | InMemory, part: Source) -> str:
+    public = part.public_id
+    return f"[{public}](https://huggingface.co/{public})" if public else f"`{_local_name(model)}`"
 
 
 def _notes(plan: Plan) -> list[str]:

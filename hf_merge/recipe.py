@@ -6,6 +6,7 @@ models:
   - model: org/a
     parameters: {weight: 1.0, density: 0.5}       # one value, a gradient over layers, or filters
   - model: org/b@revision
+  - model: org/base+org/lora                      # a PEFT adapter, added to its base
 parameters: {normalize: true}
 dtype: bfloat16
 seed: 0                                           # ours: random methods draw from it
@@ -48,17 +49,35 @@ KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
 def _as_model(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         return ModelRef.parse(os.fspath(value))
-    if isinstance(value, Mapping) and set(value) == {"model"}:
-        return _as_model(value["model"])
+    if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
+        return _with_lora(_as_model(value["model"]), value.get("lora"))
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
-        named = ModelRef.parse(value["path"])
+        named = ModelRef.parse_one(value["path"])
         return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
     if isinstance(value, (ModelRef, InMemory)):
         return value
-    raise ValueError("should be a folder, a Hub id or {path: .., revision: ..}")
+    raise ValueError("should be a folder, a Hub id, {path: .., revision: ..} or {model: .., lora: ..}")
 
 
-Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(str)]
+def _with_lora(base: Any, lora: Any) -> Any:
+    """Add MergeKit's `lora:` to a model."""
+    if lora is None:
+        return base
+    adapter = _as_model(lora)
+    if not isinstance(base, ModelRef) or not isinstance(adapter, ModelRef) or base.lora or adapter.lora:
+        raise ValueError("takes one adapter, and both it and its base should be folders or Hub ids")
+    return base.with_lora(adapter)
+
+
+def _plain_model(model: ModelRef | InMemory) -> Any:
+    """Write a model as text, or as a mapping where the text would be read as another model."""
+    if isinstance(model, InMemory) or str(model).count("+") == (model.lora is not None):
+        return str(model)
+    parts = [part.model_dump(exclude_defaults=True) for part in (model.with_lora(None), model.lora) if part]
+    return parts[0] if len(parts) == 1 else {"model": parts[0], "lora": parts[1]}
+
+
+Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(_plain_model)]
 Setting = Any
 Lines = Mapping[tuple[Any, ...], int]
 """The line of every key of a recipe's file."""
@@ -222,7 +241,7 @@ def in_memory(model: Any, label: str) -> Any:
     if isinstance(model, Mapping):
         named = model.get("model", model.get("path"))
         refers = isinstance(named, (str, os.PathLike, ModelRef, InMemory)) or (
-            isinstance(named, Mapping) and isinstance(named.get("path"), str)
+            isinstance(named, Mapping) and (isinstance(named.get("path"), str) or set(named) == {"model", "lora"})
         )
     if refers or model is None:
         return os.fspath(model) if isinstance(model, os.PathLike) else model

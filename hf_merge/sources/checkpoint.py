@@ -179,7 +179,7 @@ def find_weights(folder: Path, label: str) -> list[Path]:
         if path.is_file():
             return _indexed(path) if path.suffix == ".json" else [path]
     if (folder / "adapter_config.json").is_file():
-        raise SourceError(f"'{label}' is a PEFT adapter: merge it into its base first, then name the result.")
+        raise SourceError(f"'{label}' is a PEFT adapter: name it after its base, as 'base+{label}'.")
     for suffixes in ((".safetensors",), PICKLES):
         found = sorted(
             path for path in folder.iterdir() if path.suffix in suffixes and path.name not in _TRAINING_STATE
