@@ -39,7 +39,7 @@ from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import UNSET, is_filter, leaves, resolve
 from hf_merge.types import InMemory, ModelRef
-from hf_merge.yaml_lines import load_yaml
+from hf_merge.yaml_lines import MAX_BYTES, load_yaml
 
 NOT_YET = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
@@ -158,9 +158,11 @@ class Recipe(_Part):
     @field_validator("models")
     @classmethod
     def _each_once(cls, value: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
-        twice = [entry.model for i, entry in enumerate(value) if entry.model in [e.model for e in value[:i]]]
-        if twice:
-            raise ValueError(f"lists '{twice[0]}' twice; give it a larger weight instead")
+        seen: set[ModelRef | InMemory] = set()
+        for entry in value:
+            if entry.model in seen:
+                raise ValueError(f"lists '{entry.model}' twice; give it a larger weight instead")
+            seen.add(entry.model)
         return value
 
     @classmethod
@@ -252,7 +254,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], Lines]:
     if path.is_dir():
         raise RecipeError(f"'{path}' is a folder, not a recipe: to merge models, pass them as a list with method=.")
     try:
-        return load_yaml(path.read_text(encoding="utf-8"), name=str(path))
+        with path.open(encoding="utf-8") as file:
+            return load_yaml(file.read(MAX_BYTES + 1), name=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}.") from None
 
@@ -336,9 +339,10 @@ def _line(place: Sequence[Any], lines: Lines) -> str:
 
 def _check_rules(recipe: Recipe, lines: Lines) -> None:
     """Check that rules name models of the recipe only."""
+    known = set(recipe.references)
     for i, rule in enumerate(recipe.rules):
         for j, model in enumerate(rule.models):
-            if model not in recipe.references:
+            if model not in known:
                 place = _line(("rules", i, "models", j), lines)
                 raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
 

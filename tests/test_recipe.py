@@ -740,7 +740,7 @@ def test_what_is_nested_too_deeply_is_refused(text):
     "text", ["a: " + "[" * 3000, "[" * 3000, "{a: " * 3000, "- " * 3000], ids=lambda text: text[:6]
 )
 def test_what_is_nested_beyond_the_stack_is_refused_in_words(text):
-    assert refused(text) == "'recipe' cannot be read: nested too deeply."
+    assert refused(text).startswith("The recipe is nested or repeated beyond reason")
 
 
 def test_an_alias_bomb_is_refused():
@@ -750,7 +750,7 @@ def test_an_alias_bomb_is_refused():
 
 
 def test_a_document_too_large_for_a_recipe_is_refused():
-    assert "1100002 characters; a recipe has a few thousand" in refused("# " + "x" * 1_100_000)
+    assert "more than 1048576 characters; a recipe has a few thousand" in refused("# " + "x" * 1_100_000)
 
 
 def test_an_alias_is_as_good_as_what_it_stands_for():

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_merge import _compat
 from hf_merge.errors import SourceError, shown
 from hf_merge.sources.base import Source
-from hf_merge.sources.checkpoint import Checkpoint, read_json
+from hf_merge.sources.checkpoint import Checkpoint, read_object
 from hf_merge.sources.quantized import CONV1D_MODELS
 from hf_merge.sources.view import Made, View
 from hf_merge.types import TensorSpec
@@ -126,10 +126,7 @@ def open_adapter(folder: Path, label: str, **hub: Any) -> tuple[Checkpoint, Mapp
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None or not (folder / CONFIG).is_file():
         raise SourceError(f"'{label}' is no PEFT adapter: it lacks {CONFIG} or {WEIGHTS[0]}.")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise SourceError(f"'{folder / CONFIG}' should hold an object; found {shown(config)}.")
-    return Checkpoint(weights, label, **hub), config
+    return Checkpoint(weights, label, **hub), read_object(folder / CONFIG)
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
