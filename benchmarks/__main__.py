@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.checkpoints import SIZES, checkpoints, llama_shapes, tiny_shapes
+from benchmarks.checkpoints import SIZES, Shapes, checkpoints, llama_shapes, moe_shapes, tiny_shapes
 from benchmarks.processes import Run, run_floor, run_python
 
 COLUMNS = ("case", "wall s", "cpu s", "anon MB", "floor s", "wall / floor", "(wall - torch) / floor")
-SLOPE_COLUMNS = ("tensors", "plan s", "merge s", "plan ms / tensor", "merge ms / tensor")
+SLOPE_COLUMNS = ("time per tensor", "tensors", "plan s", "merge s", "plan us / tensor", "merge us / tensor")
 METHODS = "linear,slerp,task_arithmetic,ties,dare_ties,passthrough"
 DENSITY = 0.5
 
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 print(f"run {number + 1}/{options.runs}: {case.name}", file=sys.stderr)
                 case.floors += [case.floor()] if case.floor else []
                 case.runs.append(case.run())
-        slope = _slope(options, Path(scratch)) if options.tiny_tensors else {}
-    tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slope))] if slope else [])]
+        slopes = _slopes(options, Path(scratch))
+    tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slopes))] if slopes else [])]
     text = "\n\n".join(tables)
     print(text)
     if options.json:
         done = [{"case": c.name, "runs": [*map(asdict, c.runs)], "floors": [*map(asdict, c.floors)]} for c in cases]
-        content = {"options": vars(options), "cases": done, "slope": slope}
+        content = {"options": vars(options), "cases": done, "slopes": slopes}
         options.json.write_text(json.dumps(content, default=str, indent=1))
     return text
 
@@ -84,6 +84,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", type=_words, default=_words(METHODS), metavar="A,B")
     parser.add_argument("--runs", type=int, default=5, help="of every row")
     parser.add_argument("--tiny-tensors", type=int, default=5000, help="of the checkpoint of tiny tensors; 0: none")
+    parser.add_argument("--moe-layers", type=int, default=48, help="of the mixture of tiny experts; 0: none")
+    parser.add_argument("--experts", type=int, default=128, help="in each of these layers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),
                         help="for checkpoints, which later calls use again, and for outputs")  # fmt: skip
@@ -141,13 +143,27 @@ def _merge_case(name: str, recipe: dict[str, Any], scratch: Path) -> Case:
     return Case(f"{name}, {what}", run, lambda: run_floor(inputs, scratch / "floor"))
 
 
-def _slope(options: argparse.Namespace, scratch: Path) -> dict[int, list[float]]:
-    """Time plans and merges of a quarter, a half and all of the tiny tensors within one process; medians."""
-    counts = [options.tiny_tensors // 4, options.tiny_tensors // 2, options.tiny_tensors]
-    recipes = [_recipe("linear", _tiny(options, count)) for count in (counts[0], *counts)]
+def _slopes(options: argparse.Namespace, scratch: Path) -> dict[str, list[list[float]]]:
+    """Time plans and merges of a quarter, a half and all of each kind of checkpoint of tiny tensors."""
+    tiny, layers, experts = options.tiny_tensors, options.moe_layers, options.experts
+    kinds = {
+        "tiny": {n: tiny_shapes(n) for n in (tiny // 4, tiny // 2, tiny) if n},
+        f"experts{experts}": {n: moe_shapes(n, experts) for n in (layers // 4, layers // 2, layers) if n},
+    }
+    named = {"tiny": "tiny tensors", f"experts{experts}": f"layers of {experts} experts"}
+    return {named[kind]: _slope(options, scratch, kind, sizes) for kind, sizes in kinds.items() if sizes}
+
+
+def _slope(options: argparse.Namespace, scratch: Path, kind: str, sizes: dict[int, Shapes]) -> list[list[float]]:
+    """Return (tensors, seconds of a plan, seconds of a merge) for each size, medians, all within one process."""
+    folders = [checkpoints(options.folder / f"{kind}-{n}", shapes, 2) for n, shapes in sizes.items()]
+    recipes = [_recipe("linear", paths) for paths in (folders[0], *folders)]
     runs = [run_python(_SLOPE, json.dumps(recipes), str(scratch / "slope")) for _ in range(options.runs)]
     times = [json.loads(run.output) for run in runs]
-    return {count: [median(run[i][part] for run in times) for part in (0, 1)] for i, count in enumerate(counts)}
+    return [
+        [len(shapes), *(median(run[i][part] for run in times) for part in (0, 1))]
+        for i, shapes in enumerate(sizes.values())
+    ]
 
 
 def _rows(cases: Sequence[Case]) -> list[list[str]]:
@@ -170,9 +186,18 @@ def _cells(case: Case, footprint: float) -> list[str]:
     return [case.name, f"{wall:.2f}", f"{cpu:.2f}", f"{anonymous / 1e6:.0f}"]
 
 
-def _slope_rows(slope: dict[int, list[float]]) -> list[list[str]]:
-    return [[f"{n:,}", f"{plan:.3f}", f"{merge:.3f}", f"{1e3 * plan / n:.3f}", f"{1e3 * merge / n:.3f}"]
-            for n, (plan, merge) in slope.items()]  # fmt: skip
+def _slope_rows(slopes: dict[str, list[list[float]]]) -> list[list[str]]:
+    """One row for each size, and one with the ratios of the last to the first: 1 where the time is linear."""
+    rows = []
+    for kind, points in slopes.items():
+        each = [[1e6 * seconds / n for seconds in (plan, merge)] for n, plan, merge in points]
+        rows += [[kind, f"{n:,.0f}", f"{plan:.3f}", f"{merge:.3f}", *(f"{one:.0f}" for one in ones)]
+                 for (n, plan, merge), ones in zip(points, each, strict=True)]  # fmt: skip
+        ratios = [last / first for first, last in zip(each[0], each[-1], strict=True)]
+        rows.append(
+            [f"{kind}: last / first", f"{points[-1][0] / points[0][0]:.2f}", "-", "-", *map("{:.2f}".format, ratios)]
+        )
+    return rows
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

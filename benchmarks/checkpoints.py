@@ -38,6 +38,12 @@ def tiny_shapes(count: int) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{i // 100}.mlp.experts.{i % 100}.weight": (16, 16) for i in range(count)}
 
 
+def moe_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
+    """Name the experts of a Qwen3-MoE as its checkpoint does, with tensors of 256 elements."""
+    places = [f"model.layers.{i}.mlp.experts.{j}" for i in range(layers) for j in range(experts)]
+    return {f"{place}.{part}_proj.weight": (16, 16) for place in places for part in ("gate", "up", "down")}
+
+
 def checkpoints(folder: Path, shapes: Shapes, models: int) -> list[Path]:
     """Return the folders of a base and of `models` fine-tunes in `folder`; those that an earlier call made are kept."""
     paths = [folder / ("base" if i == 0 else f"model-{i}") for i in range(models + 1)]

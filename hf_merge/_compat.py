@@ -110,6 +110,13 @@ def vocabulary_tensors(module: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def mxfp4_dequantizer() -> Any:
+    """Return `f(blocks, scales, *, dtype)`: packed experts [E, rows, groups, 16] to [E, 32 * groups, rows]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors
+
+
 def pipeline_tag(architecture: str) -> str | None:
     """Return the Hub's task of a model class: `text-generation` for LlamaForCausalLM."""
     from transformers.models.auto import modeling_auto  # transformers.modelcard has the table, and imports the trainer

@@ -27,7 +27,7 @@ from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
-from hf_merge.sources.checkpoint import PICKLES, read_json
+from hf_merge.sources.checkpoint import PICKLES, Checkpoint, read_json
 from hf_merge.sources.renamed import remapped
 from hf_merge.types import ModelRef, Ref
 from hf_merge.writer import WEIGHTS, Writer, refuse_existing
@@ -269,6 +269,6 @@ def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:
 
 def _refuse_own_input(target: Path, sources: list[Source]) -> None:
     """Raise if the output would take the place of an input."""
-    for source in sources:
-        if any(path.resolve().is_relative_to(target.resolve()) for path in source.paths):
-            raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another name.")
+    for part in (part for source in sources for part in source.parts):
+        if isinstance(part, Checkpoint) and part.path.resolve().is_relative_to(target.resolve()):
+            raise OutputError(f"'{target}' is or holds the input '{part.label}': choose another name.")

@@ -53,7 +53,7 @@ def merged_card(
         notes=_notes(plan),
         recipe=recipe.to_yaml(),
         how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
-        has_local_models=any(source.public_id is None for source in originals),
+        has_local_models=any(part.public_id is None for source in originals for part in source.parts),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
     )
@@ -61,16 +61,12 @@ def merged_card(
 
 def pinned_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     """Return the recipe with the commit of every model of the Hub."""
-    pinned = {model: _pinned(source) for model, source in original_models(sources) if source.public_id}
-    return recipe.renamed(pinned)
+    return recipe.renamed({model: _named(model, source, hide=False) for model, source in original_models(sources)})
 
 
 def public_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     """Return the recipe as others may see it: commits pinned, and of local paths only the last part."""
-    local = {
-        model: ModelRef(path=_local_name(model)) for model, source in original_models(sources) if not source.public_id
-    }
-    return pinned_recipe(recipe, sources).renamed(local)
+    return recipe.renamed({model: _named(model, source, hide=True) for model, source in original_models(sources)})
 
 
 def original_models(sources: Mapping[Ref, Source]) -> list[tuple[Ref, Source]]:
@@ -81,17 +77,34 @@ def original_models(sources: Mapping[Ref, Source]) -> list[tuple[Ref, Source]]:
     return [*found.items()]
 
 
-def _pinned(source: Source) -> ModelRef:
-    return ModelRef(path=str(source.public_id), revision=source.revision)
+def _named(model: Ref, source: Source, *, hide: bool) -> Any:
+    """Pin the commits of a model and its adapter; hide whose machine a local path was on."""
+    if isinstance(model, InMemory):
+        return ModelRef(path=model.label) if hide else model
+    named = [_named_part(ref, part, hide=hide) for ref, part in zip(_refs(model), source.parts, strict=True)]
+    return named[0].with_lora(named[1] if len(named) > 1 else None)
+
+
+def _named_part(ref: ModelRef, part: Source, *, hide: bool) -> ModelRef:
+    if part.public_id:
+        return ModelRef(path=part.public_id, revision=part.revision)
+    return ModelRef(path=_local_name(ref)) if hide else ref
+
+
+def _refs(model: ModelRef) -> list[ModelRef]:
+    """A model without its adapter, and the adapter."""
+    return [model.with_lora(None), *([model.lora] if model.lora else [])]
 
 
 def _local_name(model: Ref) -> str:
     """The last part of a path says what it is; the rest says whose machine it was on."""
-    return model.label if isinstance(model, InMemory) else Path(model.path).resolve().name
+    if isinstance(model, InMemory):
+        return model.label
+    return "+".join(Path(ref.path).resolve().name for ref in _refs(model))
 
 
 def _card_data(sources: Sequence[Source], config: Mapping[str, Any], *, is_sentence_transformer: bool) -> ModelCardData:
-    public = [source.public_id for source in sources if source.public_id]
+    public = list(dict.fromkeys(part.public_id for source in sources for part in source.parts if part.public_id))
     architecture = next(iter(config.get("architectures") or ()), None)
     tag = "sentence-similarity" if is_sentence_transformer else architecture and _compat.pipeline_tag(architecture)
     library = "sentence-transformers" if is_sentence_transformer else "transformers" if config else None
@@ -111,22 +124,31 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
         roles = {"base": model == plan.recipe.base_model, "merged": model in plan.recipe.merged}
         role = ", ".join(word for word, true in roles.items() if true)
         if not source.parents:
-            rows.append({"link": _link(model, source), "role": role, "revision": source.revision})
+            rows.append(_row(model, source, role))
             continue
         stage = next(stage for stage in plan.recipe.stages if stage.name == str(model))
-        made_of = f"{role}; itself a merge by {stage.merge_method} of"
-        rows.append({"link": f"stage `{model}`", "role": made_of, "revision": None})
+        rows.append(
+            {"link": f"stage `{model}`", "role": f"{role}; itself a merge by {stage.merge_method} of", "revision": ""}
+        )
         rows += [
-            {"link": f"&nbsp;&nbsp;{_link(parent, origin)}", "role": f"in `{model}`", "revision": origin.revision}
-            for parent, origin in source.parents.items()
+            _row(parent, origin, f"in `{model}`", indent="&nbsp;&nbsp;") for parent, origin in source.parents.items()
         ]
     return rows
 
 
-def _link(model: Ref, source: Source) -> str:
-    if source.public_id:
-        return f"[{source.public_id}](https://huggingface.co/{source.public_id})"
-    return f"`{model if source.parents else _local_name(model)}`"
+def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str, Any]:
+    """Link a model, and its adapter if it has one."""
+    if source.parents:
+        return {"link": f"{indent}`{model}`", "role": role, "revision": ""}
+    refs = [model] if isinstance(model, InMemory) else _refs(model)
+    links = [_link(ref, part) for ref, part in zip(refs, source.parts, strict=True)]
+    revisions = [part.revision for part in source.parts if part.revision]
+    return {"link": indent + " + ".join(links), "role": role, "revision": ", ".join(revisions)}
+
+
+def _link(model: Ref, part: Source) -> str:
+    public = part.public_id
+    return f"[{public}](https://huggingface.co/{public})" if public else f"`{_local_name(model)}`"
 
 
 def _notes(plan: Plan) -> list[str]:

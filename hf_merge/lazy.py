@@ -30,6 +30,10 @@ class LazyMerge(Source):
         self._sources = list(sources)
         self._steps = {step.name: step for step in plan.steps}
 
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return tuple(part for source in self._sources for part in source.parts)
+
     def __getitem__(self, name: str) -> Tensor:
         return compute(self.plan, self._steps[name], self._sources)
 

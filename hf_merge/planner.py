@@ -282,11 +282,6 @@ class _Planner:
             yield Problem("error", f"'{source.label}' has tensors that '{donor}' lacks, and keys: strict", extra)
         elif extra and self.recipe.keys != "union" and not self.outline.stacks:
             yield Problem("warning", f"'{source.label}' has tensors that '{donor}' lacks; they are left out.", extra)
-        small = tuple(
-            name for name, spec in source.specs.items() if spec.dtype.itemsize == 1 and spec.dtype.is_floating_point
-        )
-        if small or "quantization_config" in source.config:
-            yield Problem("error", f"'{source.label}' is quantised: dequantise it first (model.dequantize()).", small)
         kinds = [model.config.get("model_type") for model in (source, self.donor)]
         if None not in kinds and kinds[0] != kinds[1]:
             yield Problem("warning", f"'{source.label}' is a '{kinds[0]}' model, '{donor}' a '{kinds[1]}' model.")
@@ -302,9 +297,7 @@ class _Planner:
 
 def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
     """The smallest dtype that holds all inputs."""
-    dtypes = [spec.dtype for spec in specs]
-    quantised = any(dtype.itemsize == 1 for dtype in dtypes)  # reported as a problem; torch does not promote float8
-    return dtypes[0] if quantised else reduce(torch.promote_types, dtypes)
+    return reduce(torch.promote_types, [spec.dtype for spec in specs])
 
 
 def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ models:
   - model: org/a
     parameters: {weight: 1.0, density: 0.5}       # one value, a gradient over layers, or filters
   - model: org/b@revision
+  - model: org/base+org/lora                      # a PEFT adapter, added to its base
 parameters: {normalize: true}
 dtype: bfloat16
 seed: 0                                           # ours: random methods draw from it
@@ -41,7 +42,7 @@ from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import is_filter, leaves
 from hf_merge.schema import DType, Model, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
 from hf_merge.types import InMemory, ModelRef
-from hf_merge.yaml_lines import Document, Lines, load_documents
+from hf_merge.yaml_lines import MAX_BYTES, Document, Lines, load_documents
 
 NOT_YET = ("tokenizer", "tokenizer_source", "chat_template")
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
@@ -185,7 +186,7 @@ def in_memory(model: Any, label: str) -> Any:
     if isinstance(model, Mapping):
         named = model.get("model", model.get("path"))
         refers = isinstance(named, (str, os.PathLike, ModelRef, InMemory)) or (
-            isinstance(named, Mapping) and isinstance(named.get("path"), str)
+            isinstance(named, Mapping) and (isinstance(named.get("path"), str) or set(named) == {"model", "lora"})
         )
     if refers or model is None:
         return os.fspath(model) if isinstance(model, os.PathLike) else model
@@ -196,7 +197,8 @@ def _read_file(path: Path) -> list[Document]:
     if path.is_dir():
         raise RecipeError(f"'{path}' is a folder, not a recipe: to merge models, pass them as a list with method=.")
     try:
-        return load_documents(path.read_text(encoding="utf-8"), name=str(path))
+        with path.open(encoding="utf-8") as file:
+            return load_documents(file.read(MAX_BYTES + 1), name=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Cannot read the recipe '{path}': {getattr(error, 'strerror', None) or error}.") from None
 
@@ -353,9 +355,10 @@ def _line(place: Sequence[Any], lines: Lines) -> str:
 
 def _check_rules(recipe: Recipe, lines: Lines) -> None:
     """Check that rules name models of the recipe only."""
+    known = set(recipe.references)
     for i, rule in enumerate(recipe.rules):
         for j, model in enumerate(rule.models):
-            if model not in recipe.references:
+            if model not in known:
                 place = _line(("rules", i, "models", j), lines)
                 raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
 

@@ -26,14 +26,32 @@ from hf_merge.types import InMemory, ModelRef
 def _as_model(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         return ModelRef.parse(os.fspath(value))
-    if isinstance(value, Mapping) and set(value) == {"model"}:
-        return _as_model(value["model"])
+    if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
+        return _with_lora(_as_model(value["model"]), value.get("lora"))
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
-        named = ModelRef.parse(value["path"])
+        named = ModelRef.parse_one(value["path"])
         return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
     if isinstance(value, (ModelRef, InMemory)):
         return value
-    raise ValueError("should be a folder, a Hub id or {path: .., revision: ..}")
+    raise ValueError("should be a folder, a Hub id, {path: .., revision: ..} or {model: .., lora: ..}")
+
+
+def _with_lora(base: Any, lora: Any) -> Any:
+    """Add MergeKit's `lora:` to a model."""
+    if lora is None:
+        return base
+    adapter = _as_model(lora)
+    if not isinstance(base, ModelRef) or not isinstance(adapter, ModelRef) or base.lora or adapter.lora:
+        raise ValueError("takes one adapter, and both it and its base should be folders or Hub ids")
+    return base.with_lora(adapter)
+
+
+def _plain_model(model: ModelRef | InMemory) -> Any:
+    """Write a model as text, or as a mapping where the text would be read as another model."""
+    if isinstance(model, InMemory) or str(model).count("+") == (model.lora is not None):
+        return str(model)
+    parts = [part.model_dump(exclude_defaults=True) for part in (model.with_lora(None), model.lora) if part]
+    return parts[0] if len(parts) == 1 else {"model": parts[0], "lora": parts[1]}
 
 
 def _as_entries(value: Any) -> Any:
@@ -61,7 +79,7 @@ def one_of(part: Any, names: Sequence[str]) -> None:
         raise ValueError(f"has {' and '.join(given)}: write one of them")
 
 
-Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(str)]
+Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(_plain_model)]
 Setting = Any
 Pattern = Annotated[str, BeforeValidator(_as_pattern)]
 DType = Annotated[
@@ -96,9 +114,11 @@ class ModelEntry(Part):
 
 
 def _whole(entries: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
-    models = [entry.model for entry in entries]
-    if twice := [model for i, model in enumerate(models) if model in models[:i]]:
-        raise ValueError(f"lists '{twice[0]}' twice; give it a larger weight instead")
+    seen: set[ModelRef | InMemory] = set()
+    for entry in entries:
+        if entry.model in seen:
+            raise ValueError(f"lists '{entry.model}' twice; give it a larger weight instead")
+        seen.add(entry.model)
     if any(entry.layer_range for entry in entries):
         raise ValueError("takes whole models: write layer_range under slices: and sources:")
     return entries

@@ -99,7 +99,7 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
     "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 """The dtypes of safetensors files that torch has."""
 
@@ -150,26 +150,55 @@ class InMemory:
 
 
 class ModelRef(BaseModel):
-    """A model on the Hub (`org/name`, `org/name@revision`) or in a local folder or file."""
+    """A model on the Hub (`org/name`, `org/name@revision`) or in a local folder or file.
+
+    Attributes:
+        path: its id, folder or file.
+        revision: branch, tag or commit, on the Hub.
+        lora: a PEFT adapter that is added to it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
     revision: str | None = None
+    lora: ModelRef | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
+        own = f"{self.path}@{self.revision}" if self.revision else self.path
+        return f"{own}+{self.lora}" if self.lora else own
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
-        """Read `path` or `path@revision`; what exists on disk is a path, whatever it contains."""
+        """Read `path`, `path@revision` or `base@revision+adapter@revision`.
+
+        What exists on disk is a path, whatever it contains.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if os.path.exists(text) or "+" not in text:
+            return cls.parse_one(text)
+        base, _, adapter = text.partition("+")
+        if "+" in adapter:
+            raise ValueError(
+                f"'{text}' has more than one '+': write {{model: {{path: ..}}, lora: {{path: ..}}}}; "
+                "a model takes one adapter"
+            )
+        return cls.parse_one(base).with_lora(cls.parse_one(adapter))
+
+    @classmethod
+    def parse_one(cls, text: str) -> ModelRef:
+        """Read `path` or `path@revision`; a `+` belongs to the path."""
         if os.path.exists(text):
             return cls(path=text)
         path, at, revision = text.partition("@")
-        if "+" in text:
-            raise ValueError(f"'{text}' names an adapter: merge it into its base with PEFT first, then name the result")
         if not path or (at and not revision):
             raise ValueError(f"'{text}' is not a model: write a folder, 'org/name' or 'org/name@revision'")
         return cls(path=path, revision=revision or None)
+
+    def with_lora(self, lora: ModelRef | None) -> ModelRef:
+        """Return the same model with another adapter, or with none."""
+        return ModelRef(path=self.path, revision=self.revision, lora=lora)
 
 
 Ref: TypeAlias = ModelRef | InMemory

@@ -13,15 +13,38 @@ from hf_merge.errors import RecipeError
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
 MAX_DEPTH = 50
+MAX_WORD = 10_000
+
+
+_BEYOND_REASON = "The recipe is nested or repeated beyond reason (aliases count as often as they occur)."
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` as a number, as YAML 1.2 and MergeKit's users do."""
+    """SafeLoader that reads `1e-5` as a number, as YAML 1.2 and MergeKit's users do.
+
+    It gives up on what is no recipe before it has read all of it.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._nodes += 1
+        if self._nodes > MAX_NODES or self._depth > MAX_DEPTH:
+            raise RecipeError(_BEYOND_REASON)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > MAX_WORD:
+            line = node.start_mark.line + 1
+            raise RecipeError(f"line {line}: a value has {len(node.value)} characters, beyond reason.")
+        return node
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
@@ -45,7 +68,7 @@ def load_documents(text: str, name: str = "recipe") -> list[Document]:
         RecipeError: not YAML mappings, a key twice, or too large to be a recipe.
     """
     if len(text) > MAX_BYTES:
-        raise RecipeError(f"'{name}' has {len(text)} characters; a recipe has a few thousand.")
+        raise RecipeError(f"'{name}' has more than {MAX_BYTES} characters; a recipe has a few thousand.")
     try:
         return _read(text, name)
     except RecipeError:
@@ -86,7 +109,7 @@ def _lines(node: yaml.Node, path: tuple[Any, ...], seen: list[int]) -> Iterator[
     """Walk the nodes (an alias as often as it occurs, so that its expansion is bounded too)."""
     seen[0] += 1
     if seen[0] > MAX_NODES or len(path) > MAX_DEPTH:
-        raise RecipeError("The recipe is nested or repeated beyond reason (aliases count as often as they occur).")
+        raise RecipeError(_BEYOND_REASON)
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
             yield (*path, i), child.start_mark.line + 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig
 
 from hf_merge import _compat
 from tests.conftest import small_config
@@ -35,6 +35,21 @@ def test_plain_module_keeps_its_names():
         "weight": "weight",
         "bias": "bias",
     }
+
+
+def test_names_on_disk_still_follow_from_a_config():
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    names = _compat.disk_names({**config.to_dict(), "architectures": ["ViTForImageClassification"]})
+    assert names["vit.layers.0.attention.q_proj.weight"] == "vit.encoder.layer.0.attention.attention.query.weight"
+    assert _compat.disk_names({"architectures": ["Nonsense"]}) == _compat.disk_names({}) == {}
+    assert _compat.disk_names({"architectures": ["LlamaForCausalLM"], "hidden_size": "x"}) == {}
+
+
+def test_mxfp4_is_still_unpacked_by_transformers_low_half_first_and_transposed():
+    blocks, scales = torch.zeros(1, 2, 1, 16, dtype=torch.uint8), torch.full((1, 2, 1), 128, dtype=torch.uint8)
+    blocks[0, 1, 0, 0] = 0xA7  # 7 is 6.0, 10 is -1.0; the exponent is 1
+    made = _compat.mxfp4_dequantizer()(blocks, scales, dtype=torch.float32)
+    assert made.shape == (1, 32, 2) and made[0, :2, 1].tolist() == [12.0, -2.0] and made.abs().sum() == 14
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ class Source(Mapping[str, Tensor]):
         return 0
 
     @property
-    def paths(self) -> list[Path]:
-        """The local folders or files that are read."""
-        return [path for parent in self.parents.values() for path in parent.paths]
+    def parts(self) -> tuple[Source, ...]:
+        """What it is made of: itself, or for a model with an adapter the base and the adapter."""
+        return (self,)
 
     def fingerprint(self) -> str | None:
         """Identify the contents across processes without reading them; None if that cannot be done."""
@@ -60,26 +60,3 @@ class Source(Mapping[str, Tensor]):
 
     def write_companions(self, folder: Path) -> None:
         """Write all that belongs to the model but weights, card and config.json: tokenizer, processor, code."""
-
-
-class View(Source):
-    """A source that shows another one differently; all that is no tensor is the other's.
-
-    Args:
-        source: the other.
-    """
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.label, self.config = source.label, source.config
-        self.public_id, self.revision, self.parents = source.public_id, source.revision, source.parents
-
-    def fingerprint(self) -> str | None:
-        return self.source.fingerprint()
-
-    def write_companions(self, folder: Path) -> None:
-        self.source.write_companions(folder)
-
-    @property
-    def paths(self) -> list[Path]:
-        return self.source.paths

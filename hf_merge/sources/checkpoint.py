@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import pickle
 import re
@@ -17,11 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_merge.errors import SourceError
+from hf_merge.errors import SourceError, shown
 from hf_merge.sources.base import Source
 from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+MAX_HEADER = 25_000_000
+"""Bytes; the header of 100,000 tensors has 15 MB."""
+
 _WEIGHTS = {".safetensors", *PICKLES, ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz"}
 _NOT_COMPANIONS = {"README.md", "config.json", "hf_merge_recipe.yaml", "mergekit_config.yml", "trainer_state.json"}
 _OTHER_FORMATS = {"onnx", "openvino", "coreml"}
@@ -43,10 +47,11 @@ class _Safetensors:
     def __init__(self, path: Path):
         self._path = path
         try:
+            _refuse_large_header(path)
             with safe_open(path, framework="np"):
                 pass
             header, self._bytes = _map(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise SourceError(
                 f"'{path}' is not a whole safetensors file ({error}): download or write it again."
             ) from None
@@ -54,7 +59,14 @@ class _Safetensors:
 
     def specs(self) -> dict[str, TensorSpec]:
         ordered = sorted(self._places.items(), key=lambda item: item[1][0])
-        return {name: TensorSpec(tuple(p["shape"]), self._dtype(name, p["dtype"])) for name, (_, p) in ordered}
+        return {
+            name: TensorSpec(self._shape(name, p["shape"]), self._dtype(name, p["dtype"])) for name, (_, p) in ordered
+        }
+
+    def _shape(self, name: str, shape: list[int]) -> tuple[int, ...]:
+        if math.prod(max(size, 1) for size in shape) >= 1 << 63:
+            raise SourceError(f"'{name}' in '{self._path}' has the shape {shape}, which torch cannot hold.")
+        return tuple(shape)
 
     def _dtype(self, name: str, word: str) -> torch.dtype:
         if word not in SAFETENSORS_DTYPES:
@@ -119,11 +131,8 @@ class Checkpoint(Source):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:  # type: ignore[override]
-        return read_json(self.path / "config.json") if (self.path / "config.json").is_file() else {}
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.path]
+        path = self.path / "config.json"
+        return _checked_config(read_object(path), path) if path.is_file() else {}
 
     def fingerprint(self) -> str:
         """Sizes and times of the files, or the commit."""
@@ -137,6 +146,14 @@ class Checkpoint(Source):
             target = folder / file.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+
+
+def _refuse_large_header(path: Path) -> None:
+    """Look at the length of a header before anybody reads it."""
+    with path.open("rb") as file:
+        size, whole = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    if size > MAX_HEADER or size + 8 > whole:
+        raise ValueError(f"it says that its header has {size} bytes, of {min(whole, MAX_HEADER)} that it may have")
 
 
 def _map(path: Path) -> tuple[dict[str, Any], Tensor]:
@@ -183,7 +200,7 @@ def find_weights(folder: Path, label: str) -> list[Path]:
         if path.is_file():
             return _indexed(path) if path.suffix == ".json" else [path]
     if (folder / "adapter_config.json").is_file():
-        raise SourceError(f"'{label}' is a PEFT adapter: merge it into its base first, then name the result.")
+        raise SourceError(f"'{label}' is a PEFT adapter: name it after its base, as 'base+{label}'.")
     for suffixes in ((".safetensors",), PICKLES):
         found = sorted(
             path for path in folder.iterdir() if path.suffix in suffixes and path.name not in _TRAINING_STATE
@@ -205,10 +222,11 @@ _TRAINING_STATE = {
 
 def _indexed(index: Path) -> list[Path]:
     """Return the shards an index names, each once, in its order of names."""
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"'{index}' has no 'weight_map': it is not an index of shards.")
+    if not all(isinstance(name, str) and len(name) < 256 for name in weight_map.values()):
+        raise SourceError(f"'{index}' should name a file for every tensor in its 'weight_map'.")
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     if any(path.parent != index.parent for path in paths):
         raise SourceError(f"'{index}' names shards outside of its folder.")
@@ -237,8 +255,7 @@ def companions(folder: Path) -> Iterator[Path]:
 
     Weights of further modules (sentence-transformers' Dense layers) belong to them: modules.json names their folders.
     """
-    listing = folder / "modules.json"
-    modules = {m.get("path") for m in read_json(listing)} - {""} if listing.is_file() else set()
+    modules = _modules(folder / "modules.json")
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith((".", "checkpoint-")) or part in _OTHER_FORMATS for part in parts)
@@ -247,6 +264,38 @@ def companions(folder: Path) -> Iterator[Path]:
         known = len(parts) == 1 and path.name in _NOT_COMPANIONS
         if path.is_file() and not hidden and not known and (mine or not weights):
             yield path
+
+
+def _modules(listing: Path) -> set[str]:
+    """Return the folders that modules.json names; it is copied whatever it says, so nothing is demanded of it."""
+    try:
+        found = read_json(listing) if listing.is_file() else []
+    except SourceError:
+        found = []
+    paths = [part.get("path") for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+    return {path for path in paths if path and isinstance(path, str)}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        SourceError: it is not JSON, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise SourceError(f"'{path}' should hold an object ({{..}}); found {shown(content)}.")
+    return content
+
+
+def _checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check what others read from a config."""
+    names, kind = config.get("architectures"), config.get("model_type")
+    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+        raise SourceError(f"'architectures' in '{path}' should be a list of names of classes; found {shown(names)}.")
+    if not isinstance(kind, (str, type(None))):
+        raise SourceError(f"'model_type' in '{path}' should be a word; found {shown(kind)}.")
+    return config
 
 
 def read_json(path: Path) -> Any:

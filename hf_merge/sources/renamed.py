@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from torch import Tensor
+from functools import partial
 
 from hf_merge.errors import SourceError
-from hf_merge.sources.base import Source, View
+from hf_merge.sources.base import Source
+from hf_merge.sources.view import Made, View
 
 
-class Renamed(View):
-    """A source whose tensors have other names; those that are not named are hidden.
+def renamed(source: Source, names: Mapping[str, str]) -> View:
+    """Show some tensors of a source under other names, and nothing else.
 
     Args:
         source: where the tensors come from.
         names: for each name here the name there.
     """
-
-    def __init__(self, source: Source, names: Mapping[str, str]):
-        super().__init__(source)
-        self._names = names
-        self.specs = {name: source.specs[old] for name, old in names.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.source[self._names[name]]
-
-    def bytes_read(self, name: str) -> int:
-        return self.source.bytes_read(self._names[name])
-
-    def bytes_held(self, name: str) -> int:
-        return self.source.bytes_held(self._names[name])
+    made = {
+        new: Made(source.specs[old], partial(source.__getitem__, old), reads=(old,), mapped=True)
+        for new, old in names.items()
+    }
+    return View(source, made, hidden=frozenset(source.specs))
 
 
 def remapped(source: Source, patterns: Mapping[str, str]) -> Source:
@@ -55,4 +46,4 @@ def remapped(source: Source, patterns: Mapping[str, str]) -> Source:
         if new in names:
             raise SourceError(f"remap: '{names[new]}' and '{old}' of '{source.label}' would both be called '{new}'.")
         names[new] = old
-    return source if all(new == old for new, old in names.items()) else Renamed(source, names)
+    return source if all(new == old for new, old in names.items()) else renamed(source, names)

@@ -1,0 +1,84 @@
+"""What every view is: a source over another source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_merge.sources.base import Source
+from hf_merge.types import TensorSpec
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a view makes.
+
+    Attributes:
+        spec: its shape and dtype.
+        read: how it is had.
+        reads: the source's tensors that it is made of.
+        elsewhere: bytes that are read beside those.
+        mapped: whether it lies in the source's memory, as one under another name does.
+    """
+
+    spec: TensorSpec
+    read: Callable[[], Tensor]
+    reads: tuple[str, ...] = ()
+    elsewhere: int = 0
+    mapped: bool = False
+
+
+class View(Source):
+    """Shows another source with some tensors made anew and some left out; everything else is the source's own.
+
+    Args:
+        source: what is shown.
+        made: the tensors that the view makes, by name.
+        hidden: names of the source's tensors that are not shown.
+    """
+
+    def __init__(self, source: Source, made: Mapping[str, Made], hidden: frozenset[str] = frozenset()):
+        self.source = source
+        self.label, self.parents = source.label, source.parents
+        self.public_id, self.revision = source.public_id, source.revision
+        self._made = made
+        kept = {name: spec for name, spec in source.specs.items() if name not in hidden}
+        self.specs = {**kept, **{name: tensor.spec for name, tensor in made.items()}}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._made:
+            return self._made[name].read()
+        if name not in self.specs:
+            raise KeyError(name)
+        return self.source[name]
+
+    def bytes_read(self, name: str) -> int:
+        made = self._made.get(name)
+        if made is None:
+            return self.source.bytes_read(name)
+        return made.elsewhere + sum(self.source.bytes_read(part) for part in made.reads)
+
+    def bytes_held(self, name: str) -> int:
+        made = self._made.get(name)
+        if made is None:
+            return self.source.bytes_held(name)
+        return (0 if made.mapped else made.spec.nbytes) + sum(self.source.bytes_held(part) for part in made.reads)
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return self.source.parts
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.source.config
+
+    def fingerprint(self) -> str | None:
+        return self.source.fingerprint()
+
+    def write_companions(self, folder: Path) -> None:
+        self.source.write_companions(folder)
