@@ -211,7 +211,7 @@ def _recipe(sources: list[str], method: str | None) -> Any:
 
 def _explain(method: Any) -> str:
     """Write all there is to know about a method."""
-    count = "any number of models" if method.count is None else f"{method.count} model{'s' * (method.count != 1)}"
+    count = method.number_of_models
     lines = [f"{method.name}: {method.summary}", "", f"  {method.formula}".replace("\n", "\n  "), ""]
     lines += [f"Merges {count} ({method.space}); base: {method.base}. Source: {method.paper}", "", "Parameters:"]
     for p in method.parameters.values():

@@ -73,8 +73,6 @@ def load_documents(text: str, name: str = "recipe") -> list[Document]:
         return _read(text, name)
     except RecipeError:
         raise
-    except RecursionError:
-        raise RecipeError(f"'{name}' cannot be read: nested too deeply.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, ViTConfig
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_merge import _compat
 from tests.conftest import small_config
@@ -35,14 +35,6 @@ def test_plain_module_keeps_its_names():
         "weight": "weight",
         "bias": "bias",
     }
-
-
-def test_names_on_disk_still_follow_from_a_config():
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    names = _compat.disk_names({**config.to_dict(), "architectures": ["ViTForImageClassification"]})
-    assert names["vit.layers.0.attention.q_proj.weight"] == "vit.encoder.layer.0.attention.attention.query.weight"
-    assert _compat.disk_names({"architectures": ["Nonsense"]}) == _compat.disk_names({}) == {}
-    assert _compat.disk_names({"architectures": ["LlamaForCausalLM"], "hidden_size": "x"}) == {}
 
 
 def test_mxfp4_is_still_unpacked_by_transformers_low_half_first_and_transposed():
