@@ -203,6 +203,7 @@ class _Planner:
         self.base = None if recipe.base_model is None else self.refs.index(recipe.base_model)
         self.donor_place = self.merged[0] if self.base is None else self.base
         self.donor = self.sources[self.donor_place]
+        self.shared: Mapping[str, str] = getattr(self.donor, "shared", {})
         self.layers = Layers(self.donor.specs)
         self.dtype = getattr(torch, recipe.out_dtype or recipe.dtype or "", None)
         self.casts = {id(rule): self._cast(rule) for rule in (None, *recipe.rules)}
@@ -267,7 +268,7 @@ class _Planner:
             values = [parameter.default if v is UNSET else parameter.check(v, method.name) for v in values]
             settings[parameter.name] = values if parameter.per_model else values[0]
         if method.seeded:
-            settings[method.seeded] = tensor_seeds(self.recipe.seed, name, models)
+            settings[method.seeded] = tensor_seeds(self.recipe.seed, self.shared.get(name, name), models)
         return settings
 
     def bytes_read(self, step: Step) -> int:

@@ -21,6 +21,8 @@ class Source(Mapping[str, Tensor]):
         config: the model's config.json, or nothing.
         public_id: `org/name` on the Hub, or None for what exists on this machine only.
         revision: the commit that was read, for a model on the Hub.
+        path: the folder or file it is read from, or None.
+        shared: names whose values are those of another, stored once: the other.
     """
 
     label: str
@@ -28,6 +30,8 @@ class Source(Mapping[str, Tensor]):
     config: Mapping[str, Any] = {}
     public_id: str | None = None
     revision: str | None = None
+    path: Path | None = None
+    shared: Mapping[str, str] = {}
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
@@ -45,3 +49,15 @@ class Source(Mapping[str, Tensor]):
 
     def write_companions(self, folder: Path) -> None:
         """Write all that belongs to the model but weights, card and config.json: tokenizer, processor, code."""
+
+
+def stored_once(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name the tensors that lie where an earlier one of the same shape lies: tied weights, saved by reference."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if (other := first.setdefault(place, name)) != name:
+                found[name] = other
+    return found

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_merge.errors import SourceError
-from hf_merge.sources.base import Source
+from hf_merge.sources.base import Source, stored_once
 from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -32,6 +32,8 @@ _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 class _File(Protocol):
     """One file of weights."""
 
+    shared: Mapping[str, str]
+
     def specs(self) -> dict[str, TensorSpec]: ...
 
     def tensor(self, name: str) -> Tensor: ...
@@ -39,6 +41,8 @@ class _File(Protocol):
 
 class _Safetensors:
     """A safetensors file, mapped; its header was checked by safetensors when it was opened."""
+
+    shared: Mapping[str, str] = {}
 
     def __init__(self, path: Path):
         self._path = path
@@ -75,6 +79,7 @@ class _Pickle:
         self._tensors = {name: t for name, t in _unwrapped(_load_pickle(path)).items() if isinstance(t, Tensor)}
         if not self._tensors:
             raise SourceError(f"'{path}' holds no tensors by name: save a model's state_dict().")
+        self.shared: Mapping[str, str] = stored_once(self._tensors)
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
@@ -95,7 +100,7 @@ class Checkpoint(Source):
 
     def __init__(self, path: Path, label: str, *, public_id: str | None = None, revision: str | None = None):
         self.label, self.public_id, self.revision = label, public_id, revision
-        self.path = path
+        self.path = self._root = path
         self._paths = [path] if path.is_file() else find_weights(path, label)
         self._files = [open_weights(file) for file in self._paths]
         self._file_of: dict[str, _File] = {}
@@ -105,6 +110,7 @@ class Checkpoint(Source):
             specs.update(found)
             self._file_of.update(dict.fromkeys(found, file))
         self.specs = specs
+        self.shared = {name: other for file in self._files for name, other in file.shared.items()}
         self._check_index()
 
     def _check_index(self) -> None:
@@ -119,7 +125,7 @@ class Checkpoint(Source):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:  # type: ignore[override]
-        return read_json(self.path / "config.json") if (self.path / "config.json").is_file() else {}
+        return read_json(self._root / "config.json") if (self._root / "config.json").is_file() else {}
 
     def fingerprint(self) -> str:
         """Sizes and times of the files, or the commit."""
@@ -129,8 +135,8 @@ class Checkpoint(Source):
         return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
     def write_companions(self, folder: Path) -> None:
-        for file in companions(self.path) if self.path.is_dir() else ():
-            target = folder / file.relative_to(self.path)
+        for file in companions(self._root) if self._root.is_dir() else ():
+            target = folder / file.relative_to(self._root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 
