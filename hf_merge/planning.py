@@ -331,7 +331,9 @@ class _Planner:
     def _problem_of_lacking(self, source: SourceLike, names: tuple[str, ...]) -> Problem:
         found = f"'{source.label}' lacks tensors of '{self.donor.label}'"
         if self.recipe.missing == "error":
-            fix = "set missing: base to keep the base's, or missing: skip-model to merge them without it."
+            fix = (
+                f"set missing: base to keep those of '{self.donor.label}', or missing: skip-model to merge without it."
+            )
             return Problem("error", f"{found}: {fix}", names)
         done = "kept as they are" if self.recipe.missing == "base" else "merged without it"
         return Problem("warning", f"{found}; they are {done}.", names)

@@ -126,6 +126,57 @@ def test_a_prefix_more_or_less_is_no_other_model(tmp_path):
     assert torch.equal(model.cls.predictions.transform.dense.weight, a.cls.predictions.transform.dense.weight)
 
 
+def test_the_names_of_old_checkpoints_are_understood(tmp_path):
+    a, b = tiny_model("BertForMaskedLM", 1), tiny_model("BertForMaskedLM", 2)
+    folders = [save(a, tmp_path / "new"), save(b, tmp_path / "old")]
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in weights(folders[1]).items()
+    }
+    save_file(old, folders[1] / "model.safetensors", {"format": "pt"})
+    out = hf_merge.merge(folders, tmp_path / "m", method="linear")
+    assert not out.plan.problems
+    assert_mean(loaded(out.path), a, b)
+    assert hf_merge.plan(folders[::-1], method="linear").specs.keys() == old.keys()
+
+
+def test_single_experts_under_another_prefix_are_only_renamed(tmp_path):
+    a, b = tiny_model("Qwen3MoeForCausalLM", 1), tiny_model("Qwen3MoeForCausalLM", 2)
+    refs = [ModelRef(path=str(save(a, tmp_path / "head"))), ModelRef(path=str(save(b.model, tmp_path / "body")))]
+    body = open_source(refs[1])
+    view = layout.align_layouts({refs[0]: open_source(refs[0]), refs[1]: body}, refs[0])[refs[1]]
+    name = "layers.1.mlp.experts.2.up_proj.weight"
+    assert view[f"model.{name}"].data_ptr() == body[name].data_ptr()
+    out = hf_merge.merge([tmp_path / "head", tmp_path / "body"], tmp_path / "m", method="linear", missing="base")
+    assert_mean(loaded(out.path).model, a.model, b.model)
+
+
+def test_two_towers_of_one_shape_are_not_taken_for_each_other():
+    layers = {f"encoder.layers.{i}.{part}.weight": torch.ones(2, 2) for i in range(2) for part in "qkv"}
+    text, vision = ({f"{tower}_model.{name}": t for name, t in layers.items()} for tower in ("text", "vision"))
+    with pytest.raises(PlanError, match="lacks tensors"):
+        hf_merge.merge_state_dicts([text, vision], method="linear")
+    with pytest.raises(PlanError, match="lacks tensors"):
+        hf_merge.merge_state_dicts([{**text, **vision}, layers], method="linear")
+
+
+def test_a_prefix_of_a_plain_state_dict_is_seen_through():
+    plain = {f"layers.{i}.weight": torch.full((2, 2), float(i)) for i in range(2)} | {"head.weight": torch.ones(2)}
+    wrapped = {f"module.{name}": tensor + 2 for name, tensor in plain.items()}
+    merged = hf_merge.merge_state_dicts([plain, wrapped], method="linear")
+    assert all(torch.equal(merged[name], tensor + 1) for name, tensor in plain.items())
+
+
+def test_a_state_dict_that_holds_a_tensor_twice_gets_one_mask_for_both():
+    tensors = [torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    base, *models = ({"in.weight": tensor, "out.weight": tensor} for tensor in tensors)
+    merged = hf_merge.merge_state_dicts(models, method="dare_linear", base_model=base, density=0.5)
+    assert torch.equal(merged["in.weight"], merged["out.weight"])
+    models[1] = {"in.weight": tensors[2], "out.weight": tensors[2].clone()}
+    merged = hf_merge.merge_state_dicts(models, method="dare_linear", base_model=base, density=0.5)
+    assert not torch.equal(merged["in.weight"], merged["out.weight"])
+
+
 def qwen(seed, **changes):
     config = tiny_config("Qwen2ForCausalLM")
     for key, value in changes.items():

@@ -85,7 +85,8 @@ class _Offer:
 
     def __init__(self, source: Source):
         self.source = source
-        self.ties = {**source.shared, **_class_ties(source)}
+        ties = _class_ties(source)
+        self.ties = {**{a: t for a, t in source.shared.items() if ties.get(t) != a}, **ties}
         self.copies = {a: t for a, t in self.ties.items() if _is_copy(source, a, t)}
         left_out = {a: source.specs[t] for a, t in self.copies.items() if a not in source.specs}
         self.specs = {**source.specs, **left_out}

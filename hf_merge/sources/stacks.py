@@ -27,6 +27,10 @@ def same_stacks(specs: Mapping[str, TensorSpec], donor: Mapping[str, TensorSpec]
         if not twins or stack in twins or _is_a_draw(stack, twins):
             continue
         prefix, other = _without_shared_ending(stack, twins[0])
+        if not (
+            other.startswith(prefix) or other.endswith(prefix) or prefix.startswith(other) or prefix.endswith(other)
+        ):
+            continue  # `text_model.` and `vision_model.` are two towers, whatever their shapes
         renamed = {other + name.removeprefix(prefix): name for name in specs if name.startswith(prefix)}
         found = {**{name: mine for name, mine in renamed.items() if name in donor}, **found}
     return found
