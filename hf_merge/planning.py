@@ -23,6 +23,7 @@ from hf_merge.schedule import UNSET, Layers, tensor_seeds
 from hf_merge.types import InMemory, ModelRef, SourceLike, TensorSpec
 
 MAX_SHARD_SIZE = "5GB"
+SINGLE_FILE = "model.safetensors"
 TILE = 1 << 18
 """Elements that an elementwise method sees at a time: small enough for the caches, large enough for torch."""
 
@@ -175,7 +176,9 @@ def make_plan(
         models=tuple(sources),
         donor=planner.donor_place,
         steps=steps,
-        shards=_lay_out({step.name: step.spec for step in steps}, max_shard_size),
+        shards=_lay_out(
+            {step.name: step.spec for step in steps}, max_shard_size, getattr(planner.donor, "folders", ())
+        ),
         problems=tuple(planner.problems()),
         bytes_read=sum(planner.bytes_read(step) for step in steps),
         peak_memory=(workers or default_workers()) * max((working_memory(step) for step in steps), default=0),
@@ -366,13 +369,20 @@ def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
     return dtypes[0] if quantised else reduce(torch.promote_types, dtypes)
 
 
-def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict[str, tuple[str, ...]]:
-    """Distribute the tensors over files; in each file the widest dtypes come first, so that all stay aligned."""
+def _lay_out(
+    specs: Mapping[str, TensorSpec], max_shard_size: int | str, folders: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Distribute the tensors over files; in each file the widest dtypes come first, so that all stay aligned.
+
+    Tensors of further modules lie in a file in the module's folder.
+    """
+    further = {f"{folder}/{SINGLE_FILE}": [n for n in specs if n.startswith(f"{folder}/")] for folder in folders}
+    apart = {name for names in further.values() for name in names}
     if isinstance(max_shard_size, int) and max_shard_size <= 0:
         raise OutputError(f"max_shard_size should be bytes or a size such as '5GB'; found {max_shard_size}.")
     try:
         split = split_state_dict_into_shards_factory(
-            dict(specs),
+            {name: spec for name, spec in specs.items() if name not in apart},
             get_storage_size=lambda spec: spec.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
@@ -383,7 +393,8 @@ def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict
         ) from None
     return {
         file: tuple(sorted(names, key=lambda name: -specs[name].dtype.itemsize))
-        for file, names in split.filename_to_tensors.items()
+        for file, names in {**split.filename_to_tensors, **further}.items()
+        if names
     }
 
 

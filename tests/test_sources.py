@@ -278,7 +278,6 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         "tokenizer.json",
         "vocab.txt",
         "1_Pooling/config.json",
-        "2_Dense/model.safetensors",
         "modules.json",
         "modeling_x.py",
     ]
@@ -293,6 +292,7 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         "checkpoint-5/config.json",
         "tf_model.h5",
         "hf_merge_recipe.yaml",
+        "2_Dense/model.safetensors",
         "3_Other/model.safetensors",
     ]
     for name in keep + drop:

@@ -22,6 +22,7 @@ class Source(Mapping[str, Tensor]):
         public_id: `org/name` on the Hub, or None for what exists on this machine only.
         revision: the commit that was read, for a model on the Hub.
         path: the folder or file it is read from, or None.
+        folders: of further modules with weights of their own; their tensors are named `2_Dense/linear.weight`.
         shared: names whose values are those of another, stored once: the other.
     """
 
@@ -31,6 +32,7 @@ class Source(Mapping[str, Tensor]):
     public_id: str | None = None
     revision: str | None = None
     path: Path | None = None
+    folders: tuple[str, ...] = ()
     shared: Mapping[str, str] = {}
 
     @abstractmethod

@@ -88,8 +88,22 @@ class _Pickle:
         return self._tensors[name].detach()
 
 
+class _InFolder:
+    """A file of weights of a further module; its tensors carry the name of its folder."""
+
+    def __init__(self, file: _File, folder: str):
+        self._file, self._prefix = file, f"{folder}/"
+        self.shared = {self._prefix + name: self._prefix + other for name, other in file.shared.items()}
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {self._prefix + name: spec for name, spec in self._file.specs().items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.tensor(name.removeprefix(self._prefix))
+
+
 class Checkpoint(Source):
-    """A folder in the layout of `save_pretrained`, or one file of weights.
+    """A folder in the layout of `save_pretrained` or of sentence-transformers, or one file of weights.
 
     Args:
         path: the folder or file.
@@ -101,8 +115,12 @@ class Checkpoint(Source):
     def __init__(self, path: Path, label: str, *, public_id: str | None = None, revision: str | None = None):
         self.label, self.public_id, self.revision = label, public_id, revision
         self.path = self._root = path
-        self._paths = [path] if path.is_file() else find_weights(path, label)
-        self._files = [open_weights(file) for file in self._paths]
+        further = module_weights(path) if path.is_dir() else {}
+        self.folders = tuple(further)
+        self._paths = [path] if path.is_file() else _own_weights(path, label, alone=not further)
+        self._files: list[_File] = [open_weights(file) for file in self._paths]
+        self._files += [_InFolder(open_weights(file), name) for name, files in further.items() for file in files]
+        self._all_paths = [*self._paths, *(file for files in further.values() for file in files)]
         self._file_of: dict[str, _File] = {}
         specs: dict[str, TensorSpec] = {}
         for file in self._files:
@@ -115,6 +133,8 @@ class Checkpoint(Source):
 
     def _check_index(self) -> None:
         """A shard that lacks what the index promises was written half, or belongs to another model."""
+        if not self._paths:
+            return
         index = self._paths[0].with_name(f"{_SHARD.sub('', self._paths[0].stem)}{self._paths[0].suffix}.index.json")
         promised = read_json(index)["weight_map"] if len(self._paths) > 1 and index.is_file() else {}
         if lacking := [name for name in promised if name not in self.specs]:
@@ -131,7 +151,7 @@ class Checkpoint(Source):
         """Sizes and times of the files, or the commit."""
         if self.revision:
             return f"{self.public_id}@{self.revision}"
-        stats = [(path.name, path.stat()) for path in self._paths]
+        stats = [(path.name, path.stat()) for path in self._all_paths]
         return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
     def write_companions(self, folder: Path) -> None:
@@ -205,6 +225,34 @@ _TRAINING_STATE = {
 }
 
 
+def _own_weights(folder: Path, label: str, *, alone: bool) -> list[Path]:
+    """List a folder's own files of weights; beside modules with weights there may be none."""
+    if not alone and not any(path.suffix in (".safetensors", *PICKLES) for path in folder.iterdir()):
+        return []
+    return find_weights(folder, label)
+
+
+def module_weights(folder: Path) -> dict[str, list[Path]]:
+    """List the files of weights of a sentence-transformers model's further modules by the names of their folders."""
+    found: dict[str, list[Path]] = {}
+    for name in _module_folders(folder):
+        path = folder / name
+        if path.is_dir() and any(file.suffix in (".safetensors", *PICKLES) for file in path.iterdir()):
+            found[name] = find_weights(path, str(path))
+    return found
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """Name the folders of modules: those in modules.json, and those that a router among them chooses from."""
+    listing = folder / "modules.json"
+    listed = [str(module.get("path", "")).strip("/") for module in read_json(listing)] if listing.is_file() else []
+    for name in tuple(listed):
+        router = folder / name / "router_config.json"
+        routes = read_json(router).get("types", {}) if router.is_file() else {}
+        listed += [f"{name}/{route}".strip("/") for route in routes]
+    return [name for name in dict.fromkeys(listed) if name and ".." not in Path(name).parts]
+
+
 def _indexed(index: Path) -> list[Path]:
     """Return the shards an index names, each once, in its order of names."""
     content = read_json(index)
@@ -235,19 +283,13 @@ def _alone_or_shards(found: list[Path], label: str) -> list[Path]:
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Yield the files of a model that are neither its weights, its card nor its config.json.
-
-    Weights of further modules (sentence-transformers' Dense layers) belong to them: modules.json names their folders.
-    """
-    listing = folder / "modules.json"
-    modules = {m.get("path") for m in read_json(listing)} - {""} if listing.is_file() else set()
+    """Yield the files of a model that are neither its weights, its card nor its config.json."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith((".", "checkpoint-")) or part in _OTHER_FORMATS for part in parts)
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        mine = "/".join(parts[:-1]) in modules
         known = len(parts) == 1 and path.name in _NOT_COMPANIONS
-        if path.is_file() and not hidden and not known and (mine or not weights):
+        if path.is_file() and not hidden and not known and not weights:
             yield path
 
 

@@ -60,7 +60,8 @@ class View(Source):
 
     def __init__(self, source: Source, reads: Mapping[str, Read], specs: Mapping[str, TensorSpec], **changed: Any):
         self.source, self.label, self.specs = source, source.label, specs
-        self.public_id, self.revision, self.path = source.public_id, source.revision, source.path
+        self.public_id, self.revision = source.public_id, source.revision
+        self.path, self.folders = source.path, source.folders
         self.config = changed.get("config") or source.config
         self.shared = changed.get("shared", {})
         self._reads = reads
