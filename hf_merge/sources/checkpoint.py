@@ -93,7 +93,9 @@ class _InFolder:
 
     def __init__(self, file: _File, folder: str):
         self._file, self._prefix = file, f"{folder}/"
-        self.shared = {self._prefix + name: self._prefix + other for name, other in file.shared.items()}
+        self.shared: Mapping[str, str] = {
+            self._prefix + name: self._prefix + other for name, other in file.shared.items()
+        }
 
     def specs(self) -> dict[str, TensorSpec]:
         return {self._prefix + name: spec for name, spec in self._file.specs().items()}
@@ -118,8 +120,11 @@ class Checkpoint(Source):
         further = module_weights(path) if path.is_dir() else {}
         self.folders = tuple(further)
         self._paths = [path] if path.is_file() else _own_weights(path, label, alone=not further)
-        self._files: list[_File] = [open_weights(file) for file in self._paths]
-        self._files += [_InFolder(open_weights(file), name) for name, files in further.items() for file in files]
+        self._files = [open_weights(file) for file in self._paths]
+        modules: list[_File] = [
+            _InFolder(open_weights(file), name) for name, files in further.items() for file in files
+        ]
+        self._files = [*self._files, *modules]
         self._all_paths = [*self._paths, *(file for files in further.values() for file in files)]
         self._file_of: dict[str, _File] = {}
         specs: dict[str, TensorSpec] = {}
@@ -235,14 +240,14 @@ def _own_weights(folder: Path, label: str, *, alone: bool) -> list[Path]:
 def module_weights(folder: Path) -> dict[str, list[Path]]:
     """List the files of weights of a sentence-transformers model's further modules by the names of their folders."""
     found: dict[str, list[Path]] = {}
-    for name in _module_folders(folder):
+    for name in module_folders(folder):
         path = folder / name
         if path.is_dir() and any(file.suffix in (".safetensors", *PICKLES) for file in path.iterdir()):
             found[name] = find_weights(path, str(path))
     return found
 
 
-def _module_folders(folder: Path) -> list[str]:
+def module_folders(folder: Path) -> list[str]:
     """Name the folders of modules: those in modules.json, and those that a router among them chooses from."""
     listing = folder / "modules.json"
     listed = [str(module.get("path", "")).strip("/") for module in read_json(listing)] if listing.is_file() else []
