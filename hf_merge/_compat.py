@@ -41,7 +41,8 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
     if getattr(model_class, "config_class", None) is None or config.get("auto_map"):
         return None
     with torch.device("meta"), _quiet(logging), contextlib.suppress(Exception):  # transformers may raise anything here
-        return model_class._from_config(model_class.config_class.from_dict(dict(config)))
+        config_class = model_class.config_class
+        return model_class._from_config(config_class.from_dict(config_class._decode_special_floats(dict(config))))
     return None
 
 
@@ -133,8 +134,10 @@ class Conversion:
         for name, live, pattern, converter in self._named(tensors):
             if converter is None:
                 made[live] = tensors[name]
-            else:
-                waiting.setdefault(live, copy.deepcopy(converter)).add_tensor(live, name, pattern, tensors[name])
+                continue
+            if live not in waiting:
+                waiting[live] = copy.deepcopy(converter)
+            waiting[live].add_tensor(live, name, pattern, tensors[name])
         for live, converter in waiting.items():
             made |= _plain(converter.convert(live, model=self._module, config=self._module.config))
         return made

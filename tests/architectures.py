@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import hf_merge
 from hf_merge import _compat, get_method
+from hf_merge.architecture import skeleton
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -261,11 +263,28 @@ _HEAD = """# Architectures
 
 hf_merge has no list of architectures: it merges the names of checkpoints. These classes are tested: tiny random models
 with `save_pretrained`'s names, merged by `linear` and `ties`, exact to the last bit but one, loaded without missing or
-unexpected weights, and run. Written by `python -m tests.architectures`; the tests check that it is current.
+unexpected weights, and run. Where the layout on disk is not the one in memory, models saved in one and the other are
+merged as well. Written by `python -m tests.architectures`; the tests check that it is current.
 
 | class | tensors | layout on disk | merges exactly |
 |---|---|---|---|
 """
+
+
+def check_skeleton(saved: Saved) -> None:
+    """Require that what config.json says of a class is what `save_pretrained` writes."""
+    found, wanted = skeleton(json.loads((saved.folders["a"] / "config.json").read_text())), saved.weights("a")
+    assert found is not None and sorted(found.order) == sorted(wanted)
+    assert {name: spec.shape for name, spec in found.specs.items()} == {n: tuple(t.shape) for n, t in wanted.items()}
+
+
+def check_other_layout(saved: Saved, root: Path) -> None:
+    """Require the mean of `a` as it is and `b` in the layout of memory, if that is another one."""
+    saved.models["b"].save_pretrained(root / "memory", save_original_format=False)
+    if load_file(root / "memory" / "model.safetensors").keys() != saved.weights("b").keys():
+        merged = hf_merge.merge([saved.folders["a"], root / "memory"], root / "mixed", method="linear")
+        assert not merged.plan.problems
+        check_mean(saved, merged.path)
 
 
 def document(rows: Mapping[str, str]) -> str:
@@ -275,8 +294,10 @@ def document(rows: Mapping[str, str]) -> str:
 
 
 def checked_row(name: str, root: Path) -> str:
-    """Merge a class by both methods, check the results, and return its row."""
+    """Merge a class by both methods and from both layouts, check the results, and return its row."""
     saved = save_tiny(name, root)
+    check_skeleton(saved)
+    check_other_layout(saved, root)
     pair, density = [saved.folders["a"], saved.folders["b"]], 0.5
     merged = hf_merge.merge(pair, root / "linear", method="linear")
     check_mean(saved, merged.path)

@@ -1,5 +1,7 @@
 """Private parts of the Hugging Face libraries that we use: an upgrade that changes one fails here, by name."""
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -100,3 +102,14 @@ def test_conversion_tables_still_go_both_ways_and_cut_without_copies():
     assert all(type(part) is torch.Tensor for part in parts.values())
     assert {part.untyped_storage().data_ptr() for part in parts.values()} == {fused.untyped_storage().data_ptr()}
     assert torch.equal(tables.to_memory(parts)[live], fused)
+
+
+def test_infinite_numbers_of_a_config_are_still_decoded():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        num_heads=4, head_dim=8, hidden_size=16, num_hidden_layers=1, vocab_size=8, n_groups=1, state_size=4
+    )
+    written = {**json.loads(config.to_json_string()), "architectures": ["Mamba2ForCausalLM"]}
+    assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert isinstance(_compat.empty_model(written), Mamba2ForCausalLM)
