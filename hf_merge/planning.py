@@ -376,7 +376,10 @@ def _lay_out(
 
     Tensors of further modules lie in a file in the module's folder.
     """
-    further = {f"{folder}/{SINGLE_FILE}": [n for n in specs if n.startswith(f"{folder}/")] for folder in folders}
+    further: dict[str, list[str]] = {}
+    for name in specs:
+        if holders := [folder for folder in folders if name.startswith(f"{folder}/")]:
+            further.setdefault(f"{max(holders, key=len)}/{SINGLE_FILE}", []).append(name)
     apart = {name for names in further.values() for name in names}
     if isinstance(max_shard_size, int) and max_shard_size <= 0:
         raise OutputError(f"max_shard_size should be bytes or a size such as '5GB'; found {max_shard_size}.")
@@ -394,7 +397,7 @@ def _lay_out(
     return {
         file: tuple(sorted(names, key=lambda name: -specs[name].dtype.itemsize))
         for file, names in {**split.filename_to_tensors, **further}.items()
-        if names
+        if names or not further
     }
 
 

@@ -281,6 +281,19 @@ def test_a_text_model_is_merged_into_the_decoder_of_one_that_sees(text, vision, 
             assert torch.equal(tensor, vlm.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("vision_is_fused", [True, False])
+def test_experts_of_a_text_model_find_those_of_one_that_sees_in_another_layout(vision_is_fused, tmp_path):
+    vlm = tiny_model("Qwen3_5MoeForConditionalGeneration", 1)
+    llm = text_part("Qwen3_5MoeForCausalLM", vlm, 2)
+    folders = [save(vlm, tmp_path / "vlm", save_original_format=not vision_is_fused)]
+    folders.append(save(llm, tmp_path / "llm", save_original_format=vision_is_fused))
+    out = hf_merge.merge(folders, tmp_path / "m", method="linear", missing="base")
+    assert weights(out.path).keys() == weights(folders[0]).keys()
+    merged = loaded(out.path)
+    assert_mean(merged.get_decoder(), vlm.get_decoder(), llm.get_decoder())
+    assert_mean(merged.lm_head, vlm.lm_head, llm.lm_head)
+
+
 def test_a_decoder_that_is_tied_is_untied_by_a_text_model_that_is_not(tmp_path):
     vlm = tiny_model("Mistral3ForConditionalGeneration", 1)
     llm = text_part("MistralForCausalLM", vlm, 2, tie_word_embeddings=False)

@@ -7,7 +7,7 @@ embeddings or apart, alone or as the decoder of a model that also sees. The dono
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -162,10 +162,26 @@ def _ways(offer: _Offer, target: _Offer, wanted: Iterable[str]) -> dict[str, _Wa
         found |= _by_tables(tables, offer, spare, lacking)
     used = {part for way in found.values() for part in way.parts}
     if any(name not in used for name in spare):
-        for name, part in same_stacks(offer.specs, target.specs).items():
-            if name not in found and part not in used:
-                found[name] = _Way((part,), offer.specs[part])
+        fitting = _by_stacks(offer, target).items()
+        found |= {name: way for name, way in fitting if name not in found and used.isdisjoint(way.parts)}
     return found
+
+
+def _by_stacks(offer: _Offer, target: _Offer) -> dict[str, _Way]:
+    """Bring names together by stacks of layers, in the first of a model's own layouts that has the donor's stack."""
+    for layout in _layouts(offer):
+        if pairs := same_stacks({name: way.spec for name, way in layout.items()}, target.specs):
+            return {name: layout[mine] for name, mine in pairs.items()}
+    return {}
+
+
+def _layouts(offer: _Offer) -> Iterator[dict[str, _Way]]:
+    """Yield a model as it was saved, as it is in memory, and as `save_pretrained` writes it."""
+    yield {name: _Way((name,), spec) for name, spec in offer.specs.items()}
+    tables = _tables_of(offer.source)
+    if tables is not None:
+        for names in (tables.shapes, tables.to_disk(tables.shapes)):
+            yield _by_tables(tables, offer, list(offer.specs), list(names))
 
 
 def _by_tables(tables: _compat.Conversion, offer: _Offer, spare: list[str], lacking: list[str]) -> dict[str, _Way]:
