@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
     if model_class is None:
         return None
     with torch.device("meta"), _quiet(logging), contextlib.suppress(Exception):  # transformers may raise anything here
-        return model_class._from_config(model_class.config_class.from_dict(dict(config)))
+        return model_class._from_config(_config(model_class, config))
     return None
 
 
@@ -50,7 +53,7 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_class is None:
         return dict(config)
     with _quiet(logging), contextlib.suppress(Exception):
-        return json.loads(model_class.config_class.from_dict(dict(config)).to_json_string(use_diff=False))
+        return json.loads(_config(model_class, config).to_json_string(use_diff=False))
     return dict(config)
 
 
@@ -60,6 +63,11 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
     model_class = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
     return None if config.get("auto_map") or not getattr(model_class, "config_class", None) else model_class
+
+
+def _config(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """Read a config.json as `from_pretrained` does, with the words that stand for infinities."""
+    return model_class.config_class.from_dict(model_class.config_class._decode_special_floats(dict(config)))
 
 
 @contextlib.contextmanager
@@ -82,6 +90,107 @@ def live_names(module: nn.Module, saved: Iterable[str]) -> dict[str, str]:
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     prefix, state = getattr(module, "base_model_prefix", ""), module.state_dict()
     return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in saved}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where transformers puts a checkpoint's tensor when it loads it.
+
+    Attributes:
+        live: the parameters it becomes, or becomes part of, by their names in memory.
+        pattern: which of transformers' conversions stacks, cuts or transposes it on the way; None if it is kept.
+    """
+
+    live: tuple[str, ...]
+    pattern: str | None
+
+
+class Conversion:
+    """A model's names in checkpoints and in memory, and the ways between them: transformers' tables.
+
+    Args:
+        module: the model, without values; it is not read.
+    """
+
+    def __init__(self, module: nn.Module):
+        from transformers.core_model_loading import PrefixChange
+
+        self._module, self.shapes = module, module.state_dict()
+        self.tied = {a: t for a, t in getattr(module, "all_tied_weights_keys", {}).items() if a in self.shapes}
+        # What revert_weight_conversion finds for a model that was not loaded, found once.
+        kept = [c for c in self._conversions(add_legacy=False) if not isinstance(c, PrefixChange)]
+        module._weight_conversions = kept  # type: ignore[assignment]
+
+    def _conversions(self, **options: Any) -> list[Any]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return get_model_conversion_mapping(self._module, **options)  # type: ignore[arg-type]
+
+    def _named(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+        """Yield (name, parameter, pattern, converter) for names that the model has a place for when it loads them."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        found = self._conversions()
+        renamings = [c for c in found if isinstance(c, WeightRenaming)]
+        converters = [c for c in found if isinstance(c, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = getattr(self._module, "base_model_prefix", "")
+        for name in sorted(names, key=dot_natural_key):
+            live, pattern = rename_source_key(name, renamings, converters, prefix, self.shapes)
+            if live not in self.shapes and name in self.shapes:
+                live, pattern = rename_source_key(name, [], [], prefix, self.shapes)
+            if live in self.shapes:
+                yield name, live, pattern, by_pattern.get(pattern or "")
+
+    def places(self, names: Iterable[str]) -> dict[str, Place]:
+        """Find the place of each name; names that the model has no place for are left out."""
+        found: dict[str, Place] = {}
+        for name, live, pattern, converter in self._named(names):
+            patterns = converter.target_patterns if converter else [""]
+            targets = dict.fromkeys(live.replace(patterns[0], target) if target else live for target in patterns)
+            found[name] = Place(tuple(t for t in targets if t in self.shapes), pattern)
+        return found
+
+    def to_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn tensors of a checkpoint into parameters, as loading does; parts of one parameter come together."""
+        made: dict[str, Tensor] = {}
+        waiting: dict[str, Any] = {}
+        for name, live, pattern, converter in self._named(tensors):
+            if converter is None:
+                made[live] = tensors[name]
+                continue
+            if live not in waiting:
+                waiting[live] = copy.deepcopy(converter)
+            waiting[live].add_tensor(live, name, pattern, tensors[name])
+        for live, converter in waiting.items():
+            made |= _plain(converter.convert(live, model=self._module, config=self._module.config))
+        return made
+
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn parameters into tensors of a checkpoint, as `save_pretrained` does; parts stay views if they can."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        views = {live: tensor.as_subclass(_uncopied()) for live, tensor in tensors.items()}
+        return _plain(revert_weight_conversion(self._module, views))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1)
+def _uncopied() -> type[Tensor]:
+    """Return a tensor class whose chunks stay views: transformers makes each contiguous, to write it to a file."""
+    import torch
+
+    class Uncopied(torch.Tensor):
+        def contiguous(self, *_: Any, **__: Any) -> Any:
+            return self
+
+    return Uncopied
+
+
+def _plain(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    import torch
+
+    single = {name: value[0] if isinstance(value, list) else value for name, value in tensors.items()}
+    return {name: tensor.as_subclass(torch.Tensor) for name, tensor in single.items()}
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

@@ -28,6 +28,7 @@ from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
 from hf_merge.sources.checkpoint import PICKLES, Checkpoint, read_json
+from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.renamed import remapped
 from hf_merge.types import ModelRef, Ref
 from hf_merge.writer import WEIGHTS, Writer, refuse_existing
@@ -215,7 +216,8 @@ def _prepare(
 def _open(recipe: Recipe, opened: dict[Ref, Source], hub: Mapping[str, Any]) -> dict[Ref, Source]:
     """Open the models of a recipe that are not open yet."""
     opened |= open_sources([model for model in recipe.references if model not in opened], **hub)
-    return {model: remapped(opened[model], recipe.remap) for model in recipe.references}
+    sources = {model: remapped(opened[model], recipe.remap) for model in recipe.references}
+    return align_layouts(sources, recipe.donor)
 
 
 def _run(made: Plan, sources: list[Source], writer: Writer) -> None:

@@ -26,6 +26,7 @@ class LazyMerge(Source):
     def __init__(self, plan: Plan, sources: Sequence[Source], label: str):
         self.plan, self.label = plan, label
         self.specs, self.config = plan.specs, plan.config
+        self.folders = sources[plan.donor].folders
         self.parents = dict(zip(plan.models, sources, strict=True))
         self._sources = list(sources)
         self._steps = {step.name: step for step in plan.steps}

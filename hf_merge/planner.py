@@ -19,6 +19,7 @@ from hf_merge.method import MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
 from hf_merge.planning import (
     MAX_SHARD_SIZE,
+    SINGLE_FILE,
     Input,
     Plan,
     Problem,
@@ -58,7 +59,7 @@ def make_plan(
         donor=planner.donor_place,
         config=config,
         steps=steps,
-        shards=_lay_out(specs, max_shard_size),
+        shards=_lay_out(specs, max_shard_size, planner.donor.folders),
         problems=(*planner.problems(), *doubts),
         bytes_read=sum(planner.bytes_read(step) for step in steps),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
@@ -80,7 +81,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, models: Mapping[Ref, SourceLike]):
         self.recipe = recipe
         self.refs, self.sources = list(models), list(models.values())
-        self.donor_place = self.refs.index(recipe.base_model or recipe.merged[0])
+        self.donor_place = self.refs.index(recipe.donor)
         self.donor = self.sources[self.donor_place]
         self.outline = Outline(recipe, models, self.donor_place)
         self.dtype = getattr(torch, recipe.out_dtype or recipe.dtype or "", None)
@@ -198,7 +199,8 @@ class _Planner:
         keys = [
             one.place if name == target.name else f"{one.place} {name}" for one, name in zip(models, names, strict=True)
         ]
-        name = f"{self.recipe.name}\0{target.name}" if self.recipe.name else target.name
+        name = self.donor.shared.get(target.name, target.name)  # weights that are stored twice are one
+        name = f"{self.recipe.name}\0{name}" if self.recipe.name else name
         return tensor_seeds(self.recipe.seed, name, keys)
 
     def config(self, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, Any], list[Problem]]:
@@ -289,7 +291,9 @@ class _Planner:
     def _problem_of_lacking(self, source: SourceLike, names: tuple[str, ...]) -> Problem:
         found = f"'{source.label}' lacks tensors of '{self.donor.label}'"
         if self.recipe.missing == "error":
-            fix = "set missing: base to keep the base's, or missing: skip-model to merge them without it."
+            fix = (
+                f"set missing: base to keep those of '{self.donor.label}', or missing: skip-model to merge without it."
+            )
             return Problem("error", f"{found}: {fix}", names)
         done = "kept as they are" if self.recipe.missing == "base" else "merged without it"
         return Problem("warning", f"{found}; they are {done}.", names)
@@ -300,13 +304,23 @@ def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
     return reduce(torch.promote_types, [spec.dtype for spec in specs])
 
 
-def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict[str, tuple[str, ...]]:
-    """Distribute the tensors over files; in each file the widest dtypes come first, so that all stay aligned."""
+def _lay_out(
+    specs: Mapping[str, TensorSpec], max_shard_size: int | str, folders: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Distribute the tensors over files; in each file the widest dtypes come first, so that all stay aligned.
+
+    Tensors of further modules lie in a file in the module's folder.
+    """
+    further: dict[str, list[str]] = {}
+    for name in specs:
+        if holders := [folder for folder in folders if name.startswith(f"{folder}/")]:
+            further.setdefault(f"{max(holders, key=len)}/{SINGLE_FILE}", []).append(name)
+    apart = {name for names in further.values() for name in names}
     if isinstance(max_shard_size, int) and max_shard_size <= 0:
         raise OutputError(f"max_shard_size should be bytes or a size such as '5GB'; found {max_shard_size}.")
     try:
         split = split_state_dict_into_shards_factory(
-            dict(specs),
+            {name: spec for name, spec in specs.items() if name not in apart},
             get_storage_size=lambda spec: spec.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
@@ -317,5 +331,6 @@ def _lay_out(specs: Mapping[str, TensorSpec], max_shard_size: int | str) -> dict
         ) from None
     return {
         file: tuple(sorted(names, key=lambda name: -specs[name].dtype.itemsize))
-        for file, names in split.filename_to_tensors.items()
+        for file, names in {**split.filename_to_tensors, **further}.items()
+        if names or not further
     }

@@ -21,6 +21,7 @@ from hf_merge.recipe import Recipe
 from hf_merge.types import Ref, TensorSpec
 
 MAX_SHARD_SIZE = "5GB"
+SINGLE_FILE = "model.safetensors"
 TILE = 1 << 18
 """Elements that an elementwise method sees at a time: small enough for the caches, large enough for torch."""
 

@@ -41,7 +41,7 @@ from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import is_filter, leaves
 from hf_merge.schema import DType, Model, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.types import InMemory, ModelRef, Ref
 from hf_merge.yaml_lines import MAX_BYTES, Document, Lines, load_documents
 
 NOT_YET = ("tokenizer", "tokenizer_source", "chat_template")
@@ -135,6 +135,11 @@ class Recipe(Part):
         """Every model that is merged, once, in order."""
         slices = [piece for part in self.parts.values() for piece in part.outline]
         return list(dict.fromkeys(entry.model for piece in slices for entry in piece.sources))
+
+    @property
+    def donor(self) -> Ref:
+        """The model that gives config, tokenizer and the set of tensors: the base, or else the first."""
+        return self.base_model or self.merged[0]
 
     @property
     def references(self) -> list[ModelRef | InMemory]:

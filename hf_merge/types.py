@@ -126,6 +126,8 @@ class SourceLike(Protocol):
     label: str
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
+    folders: tuple[str, ...]
+    shared: Mapping[str, str]
 
     def bytes_read(self, name: str) -> int: ...
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
 _STATE = ".fingerprint"
 _LOCK = ".lock"
-_MODEL_FILES = ("config.json", "model.safetensors", INDEX)
+_MODEL_FILES = ("config.json", "modules.json", "model.safetensors", INDEX)
 _DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -76,7 +76,7 @@ class Writer:
             self._claim(fingerprint, resume=resume)
         except OSError as error:
             raise OutputError(f"'{output}' cannot be written: {error.strerror or error}.") from error
-        self.shards = {name: _Shard(self.folder / name, tensors, plan.specs, metadata)
+        self.shards = {name: _Shard(self.folder, name, tensors, plan.specs, metadata)
                        for name, tensors in plan.shards.items() if name not in self.finished}  # fmt: skip
         self._shard_of = {name: shard for shard in self.shards.values() for name in shard.places}
 
@@ -97,7 +97,7 @@ class Writer:
                 f"'{self.output}' was begun with another recipe, other inputs or another shard size: "
                 "repeat that call to resume it, or leave resume out to begin again."
             )
-        _empty(self.folder, keep={_LOCK, *(self.plan.shards if resume and found else ())})
+        _empty(self.folder, keep={_LOCK, *(_tops(self.plan.shards) if resume and found else ())})
         state.write_text(fingerprint, encoding="utf-8")
         self.finished = {name for name in self.plan.shards if (self.folder / name).is_file()}
 
@@ -127,8 +127,7 @@ class Writer:
 
     def _publish(self) -> None:
         """Let the output appear, all at once."""
-        if len(self.plan.shards) > 1:
-            self._write_index()
+        self._write_index()
         (self.folder / _STATE).unlink()
         self._lock.release()
         (self.folder / _LOCK).unlink(missing_ok=True)
@@ -162,7 +161,7 @@ class Writer:
         if not finished:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        _empty(self.folder, keep={*finished, _STATE})
+        _empty(self.folder, keep={*_tops(finished), _STATE})
         logger.warning(
             "%d of %d shards are finished and kept in '%s': repeat the call with resume=True (--resume), "
             "or delete that folder.",
@@ -170,30 +169,45 @@ class Writer:
         )  # fmt: skip
 
     def _write_index(self) -> None:
-        weight_map = {name: file for file, names in self.plan.shards.items() for name in names}
+        """Say which shard holds which tensor; a single file, or one in a module's folder, needs no index."""
+        shards = {file: names for file, names in self.plan.shards.items() if "/" not in file}
+        if len(shards) < 2:
+            return
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        specs = [self.plan.specs[name] for name in weight_map]
         metadata = {
-            "total_parameters": sum(spec.numel for spec in self.plan.specs.values()),
-            "total_size": self.plan.bytes_written,
+            "total_parameters": sum(spec.numel for spec in specs),
+            "total_size": sum(spec.nbytes for spec in specs),
         }
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class _Shard:
-    """One safetensors file: header first, then every tensor at its place."""
+    """One safetensors file: header first, then every tensor at its place. In a module's folder, names do without it."""
 
     def __init__(
-        self, path: Path, names: tuple[str, ...], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+        self,
+        folder: Path,
+        file: str,
+        names: tuple[str, ...],
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
     ):
-        self.path = path
+        self.path = path = folder / file
         self._unfinished = path.with_name(path.name + _UNFINISHED)
+        module = file.removesuffix(path.name)
         self.places: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
         end = 0
         for name in names:
             self.places[name], begin, end = end, end, end + specs[name].nbytes
             dtype = _DTYPES[specs[name].dtype]
-            header[name] = {"dtype": dtype, "shape": list(specs[name].shape), "data_offsets": [begin, end]}
+            header[name.removeprefix(module)] = {
+                "dtype": dtype,
+                "shape": list(specs[name].shape),
+                "data_offsets": [begin, end],
+            }
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._header = len(text).to_bytes(8, "little") + text
@@ -218,6 +232,7 @@ class _Shard:
 
     def _open(self) -> int:
         """Make the file at its full size, so that a full disk is found now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         _reserve(self._file, len(self._header) + self._size)
         _write_at(self._file, memoryview(self._header), 0)
@@ -269,6 +284,11 @@ def _write_at(file: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
+
+
+def _tops(files: Iterable[str]) -> set[str]:
+    """Name what a folder must keep to keep some files: themselves, or the folder they lie in."""
+    return {file.partition("/")[0] for file in files}
 
 
 def _empty(folder: Path, keep: set[str]) -> None:

@@ -1,5 +1,7 @@
 """Private parts of the Hugging Face libraries that we use: an upgrade that changes one fails here, by name."""
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -70,3 +72,51 @@ def test_table_of_tasks_is_still_that_of_transformers():
             found = _compat.pipeline_tag(name)
             assert found is not None and name in _compat._flat(TASK_MAPPING[found].values()), (tag, name)
     assert list(TASK_MAPPING) == list(_compat._TASKS)
+
+
+def mixtral_tables():
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    model = MixtralForCausalLM(config)
+    with torch.device("meta"):
+        return model, _compat.Conversion(MixtralForCausalLM(config))
+
+
+def test_conversion_tables_still_say_where_a_tensor_goes():
+    _, tables = mixtral_tables()
+    names = ["model.layers.0.block_sparse_moe.experts.1.w1.weight", "model.norm.weight", "norm.weight", "no.such"]
+    places = tables.places(names)
+    assert places[names[0]].live == ("model.layers.0.mlp.experts.gate_up_proj",) and places[names[0]].pattern
+    assert places["model.norm.weight"] == places["norm.weight"] == _compat.Place(("model.norm.weight",), None)
+    assert "no.such" not in places
+
+
+def test_conversion_tables_still_go_both_ways_and_cut_without_copies():
+    model, tables = mixtral_tables()
+    live = "model.layers.0.mlp.experts.gate_up_proj"
+    fused = model.state_dict()[live]
+    parts = tables.to_disk({live: fused})
+    assert set(parts) == {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{w}.weight" for expert in (0, 1) for w in ("w1", "w3")
+    }
+    assert all(type(part) is torch.Tensor for part in parts.values())
+    assert {part.untyped_storage().data_ptr() for part in parts.values()} == {fused.untyped_storage().data_ptr()}
+    assert torch.equal(tables.to_memory(parts)[live], fused)
+
+
+def test_infinite_numbers_of_a_config_are_still_decoded():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        num_heads=4, head_dim=8, hidden_size=16, num_hidden_layers=1, vocab_size=8, n_groups=1, state_size=4
+    )
+    written = {**json.loads(config.to_json_string()), "architectures": ["Mamba2ForCausalLM"]}
+    assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert isinstance(_compat.empty_model(written), Mamba2ForCausalLM)

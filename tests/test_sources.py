@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_merge
 from hf_merge.errors import SourceError
-from hf_merge.sources import open_source
+from hf_merge.sources import download, open_source
 from hf_merge.sources.checkpoint import Checkpoint, companions
 from hf_merge.types import InMemory, ModelRef
 
@@ -278,7 +278,6 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         "tokenizer.json",
         "vocab.txt",
         "1_Pooling/config.json",
-        "2_Dense/model.safetensors",
         "modules.json",
         "modeling_x.py",
     ]
@@ -293,6 +292,7 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         "checkpoint-5/config.json",
         "tf_model.h5",
         "hf_merge_recipe.yaml",
+        "2_Dense/model.safetensors",
         "3_Other/model.safetensors",
     ]
     for name in keep + drop:
@@ -332,3 +332,33 @@ def test_opening_reads_no_more_than_headers(tmp_path):
     call = [sys.executable, "-c", code, str(tmp_path)]
     grown = int(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
     assert grown < 4096, f"planning mapped in {grown} kB of a file of 16 MB"
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["model.safetensors", "2_Dense/pytorch_model.bin"], ["model.safetensors", "2_Dense/pytorch_model.bin"]),
+        (
+            ["model.safetensors", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin"],
+            ["model.safetensors", "2_Dense/model.safetensors"],
+        ),
+    ],
+)
+def test_pickles_are_fetched_only_where_there_are_no_safetensors(files, fetched, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot(name, *, allow_patterns=None, ignore_patterns=None, **options):
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            path = tmp_path / file
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("x")
+        return str(tmp_path)
+
+    dense = any("Dense" in file for file in files)
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, *([{"path": "2_Dense"}] if dense else [])]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    download(ModelRef(path="org/name"))
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*fetched, "modules.json"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import nn
 from hf_merge.errors import SourceError
 from hf_merge.sources.adapter import WithAdapter, open_adapter
 from hf_merge.sources.base import Source
-from hf_merge.sources.checkpoint import PICKLES, Checkpoint
+from hf_merge.sources.checkpoint import PICKLES, Checkpoint, module_folders
 from hf_merge.sources.mapping import MappingSource
 from hf_merge.sources.module import ModuleSource
 from hf_merge.sources.quantized import dequantized
 from hf_merge.types import InMemory, ModelRef
+
+_OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
 
 __all__ = ["Source", "open_source", "open_sources"]
 
@@ -78,13 +81,15 @@ def download(model: ModelRef, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    skipped = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
+    fetch = partial(snapshot_download, model.path, revision=model.revision, **hub)
     try:
-        folder = Path(
-            snapshot_download(model.path, revision=model.revision, ignore_patterns=[*skipped, *PICKLES], **hub)
-        )
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=skipped, **hub))
+        folder = Path(fetch(ignore_patterns=[*_OTHER_FORMATS, *(f"*{suffix}" for suffix in PICKLES)]))
+        modules = module_folders(folder)
+        without = [name for name in modules if not any((folder / name).glob("*.safetensors"))]
+        if not any(folder.glob("*.safetensors")) and without == modules:
+            folder = Path(fetch(ignore_patterns=_OTHER_FORMATS))
+        elif without:  # a Dense layer may be a pickle beside safetensors
+            folder = Path(fetch(ignore_patterns=_OTHER_FORMATS, allow_patterns=[f"{name}/*" for name in without]))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(

@@ -22,6 +22,8 @@ class Source(Mapping[str, Tensor]):
         public_id: `org/name` on the Hub, or None for what exists on this machine only.
         revision: the commit that was read, for a model on the Hub.
         parents: the models it is made of, if it is itself the result of a merge.
+        folders: of further modules with weights of their own; their tensors are named `2_Dense/linear.weight`.
+        shared: names whose values are those of another, stored once: the other.
     """
 
     label: str
@@ -30,6 +32,8 @@ class Source(Mapping[str, Tensor]):
     public_id: str | None = None
     revision: str | None = None
     parents: Mapping[Ref, Source] = {}
+    folders: tuple[str, ...] = ()
+    shared: Mapping[str, str] = {}
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
@@ -60,3 +64,15 @@ class Source(Mapping[str, Tensor]):
 
     def write_companions(self, folder: Path) -> None:
         """Write all that belongs to the model but weights, card and config.json: tokenizer, processor, code."""
+
+
+def stored_once(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name the tensors that lie where an earlier one of the same shape lies: tied weights, saved by reference."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if (other := first.setdefault(place, name)) != name:
+                found[name] = other
+    return found

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_merge.errors import SourceError, shown
-from hf_merge.sources.base import Source
+from hf_merge.sources.base import Source, stored_once
 from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -36,6 +36,8 @@ _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 class _File(Protocol):
     """One file of weights."""
 
+    shared: Mapping[str, str]
+
     def specs(self) -> dict[str, TensorSpec]: ...
 
     def tensor(self, name: str) -> Tensor: ...
@@ -43,6 +45,8 @@ class _File(Protocol):
 
 class _Safetensors:
     """A safetensors file, mapped; its header was checked by safetensors when it was opened."""
+
+    shared: Mapping[str, str] = {}
 
     def __init__(self, path: Path):
         self._path = path
@@ -87,6 +91,7 @@ class _Pickle:
         self._tensors = {name: t for name, t in _unwrapped(_load_pickle(path)).items() if isinstance(t, Tensor)}
         if not self._tensors:
             raise SourceError(f"'{path}' holds no tensors by name: save a model's state_dict().")
+        self.shared: Mapping[str, str] = stored_once(self._tensors)
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
@@ -95,8 +100,24 @@ class _Pickle:
         return self._tensors[name].detach()
 
 
+class _InFolder:
+    """A file of weights of a further module; its tensors carry the name of its folder."""
+
+    def __init__(self, file: _File, folder: str):
+        self._file, self._prefix = file, f"{folder}/"
+        self.shared: Mapping[str, str] = {
+            self._prefix + name: self._prefix + other for name, other in file.shared.items()
+        }
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {self._prefix + name: spec for name, spec in self._file.specs().items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.tensor(name.removeprefix(self._prefix))
+
+
 class Checkpoint(Source):
-    """A folder in the layout of `save_pretrained`, or one file of weights.
+    """A folder in the layout of `save_pretrained` or of sentence-transformers, or one file of weights.
 
     Args:
         path: the folder or file.
@@ -108,8 +129,15 @@ class Checkpoint(Source):
     def __init__(self, path: Path, label: str, *, public_id: str | None = None, revision: str | None = None):
         self.label, self.public_id, self.revision = label, public_id, revision
         self.path = path
-        self._paths = [path] if path.is_file() else find_weights(path, label)
+        further = module_weights(path) if path.is_dir() else {}
+        self.folders = tuple(further)
+        self._paths = [path] if path.is_file() else _own_weights(path, label, alone=not further)
         self._files = [open_weights(file) for file in self._paths]
+        modules: list[_File] = [
+            _InFolder(open_weights(file), name) for name, files in further.items() for file in files
+        ]
+        self._files = [*self._files, *modules]
+        self._all_paths = [*self._paths, *(file for files in further.values() for file in files)]
         self._file_of: dict[str, _File] = {}
         specs: dict[str, TensorSpec] = {}
         for file in self._files:
@@ -117,10 +145,13 @@ class Checkpoint(Source):
             specs.update(found)
             self._file_of.update(dict.fromkeys(found, file))
         self.specs = specs
+        self.shared = {name: other for file in self._files for name, other in file.shared.items()}
         self._check_index()
 
     def _check_index(self) -> None:
         """A shard that lacks what the index promises was written half, or belongs to another model."""
+        if not self._paths:
+            return
         index = self._paths[0].with_name(f"{_SHARD.sub('', self._paths[0].stem)}{self._paths[0].suffix}.index.json")
         promised = read_json(index)["weight_map"] if len(self._paths) > 1 and index.is_file() else {}
         if lacking := [name for name in promised if name not in self.specs]:
@@ -138,7 +169,7 @@ class Checkpoint(Source):
         """Sizes and times of the files, or the commit."""
         if self.revision:
             return f"{self.public_id}@{self.revision}"
-        stats = [(path.name, path.stat()) for path in self._paths]
+        stats = [(path.name, path.stat()) for path in self._all_paths]
         return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
     def write_companions(self, folder: Path) -> None:
@@ -220,6 +251,43 @@ _TRAINING_STATE = {
 }
 
 
+def _own_weights(folder: Path, label: str, *, alone: bool) -> list[Path]:
+    """List a folder's own files of weights; beside modules with weights there may be none."""
+    if not alone and not any(path.suffix in (".safetensors", *PICKLES) for path in folder.iterdir()):
+        return []
+    return find_weights(folder, label)
+
+
+def module_weights(folder: Path) -> dict[str, list[Path]]:
+    """List the files of weights of a sentence-transformers model's further modules by the names of their folders."""
+    found: dict[str, list[Path]] = {}
+    for name in module_folders(folder):
+        path = folder / name
+        if path.is_dir() and any(file.suffix in (".safetensors", *PICKLES) for file in path.iterdir()):
+            found[name] = find_weights(path, str(path))
+    return found
+
+
+def module_folders(folder: Path) -> list[str]:
+    """Name the folders of modules: those in modules.json, and those that a router among them chooses from."""
+    found = _json_or_nothing(folder / "modules.json")
+    parts = [part.get("path") for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+    listed = [part.strip("/") for part in parts if isinstance(part, str)]
+    for name in tuple(listed):
+        router = _json_or_nothing(folder / name / "router_config.json")
+        routes = router.get("types") if isinstance(router, dict) else None
+        listed += [f"{name}/{route}".strip("/") for route in routes] if isinstance(routes, dict) else []
+    return [name for name in dict.fromkeys(listed) if name and ".." not in Path(name).parts]
+
+
+def _json_or_nothing(path: Path) -> Any:
+    """Read a file that is copied whatever it says, so that nothing is demanded of it."""
+    try:
+        return read_json(path) if path.is_file() else None
+    except SourceError:
+        return None
+
+
 def _indexed(index: Path) -> list[Path]:
     """Return the shards an index names, each once, in its order of names."""
     weight_map = read_object(index).get("weight_map")
@@ -251,29 +319,14 @@ def _alone_or_shards(found: list[Path], label: str) -> list[Path]:
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """Yield the files of a model that are neither its weights, its card nor its config.json.
-
-    Weights of further modules (sentence-transformers' Dense layers) belong to them: modules.json names their folders.
-    """
-    modules = _modules(folder / "modules.json")
+    """Yield the files of a model that are neither its weights, its card nor its config.json."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith((".", "checkpoint-")) or part in _OTHER_FORMATS for part in parts)
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        mine = "/".join(parts[:-1]) in modules
         known = len(parts) == 1 and path.name in _NOT_COMPANIONS
-        if path.is_file() and not hidden and not known and (mine or not weights):
+        if path.is_file() and not hidden and not known and not weights:
             yield path
-
-
-def _modules(listing: Path) -> set[str]:
-    """Return the folders that modules.json names; it is copied whatever it says, so nothing is demanded of it."""
-    try:
-        found = read_json(listing) if listing.is_file() else []
-    except SourceError:
-        found = []
-    paths = [part.get("path") for part in found if isinstance(part, dict)] if isinstance(found, list) else []
-    return {path for path in paths if path and isinstance(path, str)}
 
 
 def read_object(path: Path) -> dict[str, Any]:

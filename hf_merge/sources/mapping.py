@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_merge.errors import SourceError
-from hf_merge.sources.base import Source
+from hf_merge.sources.base import Source, stored_once
 from hf_merge.types import TensorSpec
 
 
@@ -20,6 +20,7 @@ class MappingSource(Source):
         self.label = label
         self._tensors = {name: _tensor(value, name, label) for name, value in tensors.items()}
         self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        self.shared = stored_once(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
