@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,18 +32,20 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
     """Build the model of a config.json on the meta device; None if transformers cannot."""
     import torch
     import transformers
-    from transformers.utils import logging
 
     model_class = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
     if getattr(model_class, "config_class", None) is None or config.get("auto_map"):
         return None
-    with torch.device("meta"), _quiet(logging), contextlib.suppress(Exception):  # transformers may raise anything here
+    with torch.device("meta"), quiet(), contextlib.suppress(Exception):  # transformers may raise anything here
         return model_class._from_config(model_class.config_class.from_dict(dict(config)))
     return None
 
 
 @contextlib.contextmanager
-def _quiet(logging: Any) -> Any:
+def quiet() -> Iterator[None]:
+    """Let transformers log errors only."""
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -130,3 +132,14 @@ def cli_words() -> tuple[Any, Any, Any]:
     from huggingface_hub.cli._output import out
 
     return Argument, Option, out
+
+
+def compile_chat_template(text: str) -> Any:
+    """Compile a chat template as transformers does, with its tags.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is none.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(text)

@@ -29,36 +29,23 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    PlainSerializer,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import UNSET, is_filter, leaves, resolve
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.tokenizer_options import ChatTemplate, TokenizerOptions, TokenizerSource, keys_at
+from hf_merge.types import InMemory, Model, ModelRef
 from hf_merge.yaml_lines import load_yaml
 
-NOT_YET = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+NOT_YET = ("slices", "modules")
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
 """Python spellings of words of the recipe."""
 
 
-def _as_model(value: Any) -> Any:
-    if isinstance(value, (str, os.PathLike)):
-        return ModelRef.parse(os.fspath(value))
-    if isinstance(value, Mapping) and set(value) == {"model"}:
-        return _as_model(value["model"])
-    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
-        named = ModelRef.parse(value["path"])
-        return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
-    if isinstance(value, (ModelRef, InMemory)):
-        return value
-    raise ValueError("should be a folder, a Hub id or {path: .., revision: ..}")
-
-
-Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(str)]
 Setting = Any
 Lines = Mapping[tuple[Any, ...], int]
 """The line of every key of a recipe's file."""
@@ -114,6 +101,9 @@ class Recipe(_Part):
         missing: what happens to a tensor that some model lacks: error, keep the base's, or merge without
             that model.
         allow_nonfinite: let NaN and Inf pass.
+        tokenizer: of the result, and the rows of its tokens; the base's files as they are if not given.
+        tokenizer_source: short for `tokenizer: {source: ..}`.
+        chat_template: `auto`, a built-in name, or Jinja (the text of a file, once it is read).
     """
 
     merge_method: str
@@ -126,6 +116,9 @@ class Recipe(_Part):
     rules: tuple[Rule, ...] = ()
     missing: Literal["error", "base", "skip-model"] = "error"
     allow_nonfinite: bool = False
+    tokenizer: TokenizerOptions | None = None
+    tokenizer_source: TokenizerSource | None = None
+    chat_template: ChatTemplate | None = None
 
     @field_validator("models", mode="before")
     @classmethod
@@ -142,6 +135,13 @@ class Recipe(_Part):
         twice = [entry.model for i, entry in enumerate(value) if entry.model in [e.model for e in value[:i]]]
         if twice:
             raise ValueError(f"lists '{twice[0]}' twice; give it a larger weight instead")
+        return value
+
+    @field_validator("tokenizer_source")
+    @classmethod
+    def _one_tokenizer(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("tokenizer") is not None:
+            raise ValueError("says again what 'tokenizer' says; write one of both")
         return value
 
     @classmethod
@@ -179,6 +179,12 @@ class Recipe(_Part):
         found = [entry.model for entry in self.models]
         return found if self.base_model is None or self.base_model in found else [*found, self.base_model]
 
+    @property
+    def vocabulary(self) -> TokenizerOptions | None:
+        """What is said of the tokenizer, in either way."""
+        short = self.tokenizer_source
+        return TokenizerOptions(source=short) if self.tokenizer is None and short is not None else self.tokenizer
+
     def renamed(self, names: Mapping[ModelRef | InMemory, ModelRef]) -> Recipe:
         """Return the recipe with other names for some of its models."""
         models = tuple(e.model_copy(update={"model": names.get(e.model, e.model)}) for e in self.models)
@@ -186,7 +192,10 @@ class Recipe(_Part):
             rule.model_copy(update={"models": tuple(names.get(m, m) for m in rule.models)}) for rule in self.rules
         )
         base = None if self.base_model is None else names.get(self.base_model, self.base_model)
-        changed = {"models": models, "rules": rules, "base_model": base}
+        tokenizer = None if self.tokenizer is None else self.tokenizer.renamed(names)
+        short: Any = self.tokenizer_source  # a word, unless it is a model
+        changed = {"models": models, "rules": rules, "base_model": base,
+                   "tokenizer": tokenizer, "tokenizer_source": names.get(short, short)}  # fmt: skip
         return self.model_copy(update={key: value for key, value in changed.items() if value})
 
     def rule_for(self, name: str) -> Rule | None:
@@ -250,6 +259,7 @@ def _build(data: dict[str, Any], changes: Mapping[str, Any], lines: Lines) -> Re
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, lines) for e in error.errors())) from None
     _check_rules(recipe, lines)
+    _check_tokens(recipe, lines)
     _check_parameters(recipe, lines)
     given = {key: value for key, value in words.items() if key not in Recipe.model_fields}
     if not given:
@@ -292,13 +302,13 @@ def _set_parameter(
 
 def _explain(error: Any, lines: Lines) -> str:
     """Put one of pydantic's findings into words, with its line."""
-    place = tuple(part for part in error["loc"] if part not in ("function-before[_as_model()]", "ModelRef", "InMemory"))
+    place = tuple(part for part in error["loc"] if part not in ("function-before[as_model()]", "ModelRef", "InMemory"))
     key = place[-1] if place else "the recipe"
     if error["type"] == "extra_forbidden":
         if key in NOT_YET and len(place) == 1:
             return f"{_line(place, lines)}'{key}' is not supported yet; this version merges whole models (`models:`)."
         owner = {"models": ModelEntry, "rules": Rule}.get(str(place[0])) if len(place) > 1 else Recipe
-        known = owner.model_fields if owner else ()
+        known = keys_at(place) or (owner.model_fields if owner else ())
         return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), known)}"
     if error["type"] == "missing":
         return f"{_line(place, lines)}The recipe lacks '{key}'."
@@ -322,6 +332,13 @@ def _check_rules(recipe: Recipe, lines: Lines) -> None:
             if model not in recipe.references:
                 place = _line(("rules", i, "models", j), lines)
                 raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
+
+
+def _check_tokens(recipe: Recipe, lines: Lines) -> None:
+    """Check that the rows of tokens come from models of the recipe."""
+    for token, model in recipe.tokenizer.strangers(recipe.references) if recipe.tokenizer else ():
+        place = _line(("tokenizer", "tokens", token), lines)
+        raise RecipeError(f"{place}the row of '{token}' comes from '{model}', which is not among the models.")
 
 
 def _check_parameters(recipe: Recipe, lines: Lines) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Le
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from torch import Tensor
 
 T = TypeVar("T")
@@ -164,3 +164,21 @@ class ModelRef(BaseModel):
         if not path or (at and not revision):
             raise ValueError(f"'{text}' is not a model: write a folder, 'org/name' or 'org/name@revision'")
         return cls(path=path, revision=revision or None)
+
+
+def as_model(value: Any) -> ModelRef | InMemory:
+    """Read a model as recipes name it: text, a path, or `{path: .., revision: ..}`."""
+    if isinstance(value, (str, os.PathLike)):
+        return ModelRef.parse(os.fspath(value))
+    if isinstance(value, Mapping) and set(value) == {"model"}:
+        return as_model(value["model"])
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
+        named = ModelRef.parse(value["path"])
+        return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
+    if isinstance(value, (ModelRef, InMemory)):
+        return value
+    raise ValueError("should be a folder, a Hub id or {path: .., revision: ..}")
+
+
+Model = Annotated[ModelRef | InMemory, BeforeValidator(as_model), PlainSerializer(str)]
+"""A model in a recipe."""

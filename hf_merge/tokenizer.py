@@ -1,0 +1,134 @@
+"""A model's tokenizer, loaded from what lies beside its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_merge import _compat
+from hf_merge.errors import SourceError
+from hf_merge.sources import Source
+
+TEMPLATE = "chat_template.jinja"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
+    "spm.model", "spm_char.model", "source.spm", "target.spm", "target_vocab.json", "bpe.codes", "vocab.bpe",
+    "tekken.json", "encoder.json", "normalizer.json", "entity_vocab.json", "emoji.json", *_TEMPLATES,
+}  # fmt: skip
+_PATTERNS = re.compile(r"\.tiktoken$|^tokenizer\.model\.v\d|^tokenization_.*\.py$|^qwen\.tiktoken$")
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer with the files it came from.
+
+    Attributes:
+        label: of its model.
+        tokenizer: as AutoTokenizer loads it.
+        files: names, relative to the model's folder, and contents.
+    """
+
+    label: str
+    tokenizer: Any
+    files: Mapping[str, bytes]
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Every token with its id, added tokens among them."""
+        return dict(self.tokenizer.get_vocab())
+
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer`, or None for a tokenizer in Python."""
+        return getattr(self.tokenizer, "backend_tokenizer", None)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What tokenizer.json would hold, as it is used after loading."""
+        return json.loads(self.backend.to_str())
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its chat template; of several the one called default."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        return template.get("default") if isinstance(template, Mapping) else template
+
+
+def load_tokenizer(source: Source) -> LoadedTokenizer:
+    """Load the tokenizer of a model.
+
+    Raises:
+        SourceError: it has none, or one that cannot be loaded.
+    """
+    with scratch_model(source.config) as folder:
+        source.write_companions(folder)
+        return load_folder(folder, source.label)
+
+
+def load_folder(folder: Path, label: str) -> LoadedTokenizer:
+    """Load the tokenizer of a folder that has a config.json too; see `load_tokenizer`."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in tokenizer_files(folder)}
+    if not any(name in _FILES - set(_TEMPLATES) or _PATTERNS.search(name) for name in files):
+        raise SourceError(f"'{label}' has no tokenizer: save one into its folder, or leave out what is said of tokenizers.")
+    from transformers import AutoTokenizer
+
+    try:
+        with _compat.quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers and transformers raise anything here, a bare Exception too
+        raise SourceError(
+            f"The tokenizer of '{label}' cannot be loaded ({_reason(error)}): save it again with this transformers."
+        ) from error
+    return LoadedTokenizer(label, tokenizer, files)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model's folder that belong to its tokenizer, templates among them."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and (parts[0] in _FILES or (len(parts) == 1 and _PATTERNS.search(parts[0]))):
+            yield path
+
+
+def write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put a tokenizer in the place of the one that a folder has: nothing of the old one stays."""
+    for path in tokenizer_files(folder):
+        path.unlink()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Put a chat template in the place of those that a folder has."""
+    for name in _TEMPLATES:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if said.pop("chat_template", None) is not None:
+        config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def scratch_model(config: Mapping[str, Any]) -> Iterator[Path]:
+    """Give a folder for a while, with a config.json in it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+        yield Path(scratch)
