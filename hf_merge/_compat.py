@@ -33,7 +33,7 @@ def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
     import torch
     import transformers
 
-    model_class = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    model_class: Any = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
     if getattr(model_class, "config_class", None) is None or config.get("auto_map"):
         return None
     with torch.device("meta"), quiet(), contextlib.suppress(Exception):  # transformers may raise anything here

@@ -24,7 +24,8 @@ from hf_merge.placement import DeviceMap, place
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, make_plan
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
-from hf_merge.sources.checkpoint import Checkpoint, read_json
+from hf_merge.sources.checkpoint import read_json
+from hf_merge.vocabulary import align_vocabularies
 from hf_merge.writer import Writer, refuse_existing
 
 RECIPE_FILE = "hf_merge_recipe.yaml"
@@ -182,9 +183,9 @@ def _prepare(
 ) -> tuple[Plan, list[Source]]:
     """Recipe -> Sources -> Plan."""
     loaded = Recipe.load(recipe, **changes)
-    sources = open_sources(loaded.references, **hub)
-    made = make_plan(loaded, sources, max_shard_size=max_shard_size)
-    return place(made, device_map), list(sources.values())
+    aligned = align_vocabularies(loaded, open_sources(loaded.references, **hub), **hub)
+    made = make_plan(loaded, aligned.sources, max_shard_size=max_shard_size, problems=aligned.problems)
+    return place(made, device_map), list(aligned.sources.values())
 
 
 def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
@@ -252,5 +253,5 @@ def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:
 def _refuse_own_input(target: Path, sources: list[Source]) -> None:
     """Raise if the output would take the place of an input."""
     for source in sources:
-        if isinstance(source, Checkpoint) and source.path.resolve().is_relative_to(target.resolve()):
+        if source.path is not None and source.path.resolve().is_relative_to(target.resolve()):
             raise OutputError(f"'{target}' is or holds the input '{source.label}': choose another folder.")

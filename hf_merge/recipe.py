@@ -37,7 +37,7 @@ from pydantic import (
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import UNSET, is_filter, leaves, resolve
-from hf_merge.tokenizer_options import ChatTemplate, TokenizerOptions, TokenizerSource, keys_at
+from hf_merge.tokenization.options import ChatTemplate, TokenizerOptions, TokenizerSource, keys_at
 from hf_merge.types import InMemory, Model, ModelRef
 from hf_merge.yaml_lines import load_yaml
 

@@ -32,7 +32,12 @@ def test_names_are_those_that_save_pretrained_writes(tmp_path):
         (LlamaConfig(**SMALL), "LlamaForCausalLM", "model.embed_tokens.weight", "lm_head.weight"),
         (BertConfig(**SMALL), "BertModel", "embeddings.word_embeddings.weight", "pooler.dense.bias"),
         (ViTConfig(**SMALL), "ViTModel", "embeddings.cls_token", "pooler.dense.bias"),
-        (GPT2Config(n_layer=2, n_embd=32, n_head=4), "GPT2LMHeadModel", "transformer.wte.weight", "transformer.ln_f.bias"),
+        (
+            GPT2Config(n_layer=2, n_embd=32, n_head=4),
+            "GPT2LMHeadModel",
+            "transformer.wte.weight",
+            "transformer.ln_f.bias",
+        ),
     ],
 )  # fmt: skip
 def test_the_order_is_that_of_the_modules(config, architecture, first, last):
@@ -50,6 +55,9 @@ def test_tied_weights_are_said_once_and_the_vocabulary_is_found():
     assert skeleton(config_of(ViTConfig(**SMALL), "ViTModel")).vocabulary == ()
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": ["NoSuchModel"]}, {"architectures": ["LlamaForCausalLM"], "hidden_size": "wide"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"architectures": ["NoSuchModel"]}, {"architectures": ["LlamaForCausalLM"], "hidden_size": "wide"}],
+)
 def test_what_transformers_cannot_build_is_none(config):
     assert skeleton(config) is None

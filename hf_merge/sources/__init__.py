@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,13 @@ def _open_reference(model: ModelRef, **hub: Any) -> Source:
     return Checkpoint(folder, str(model), public_id=model.path, revision=folder.name)
 
 
-def download(model: ModelRef, **hub: Any) -> Path:
+def download(model: ModelRef, *, only: Sequence[str] | None = None, **hub: Any) -> Path:
     """Fetch a model of the Hub into its cache: everything but weights in other formats.
+
+    Args:
+        model: which one.
+        only: patterns of the files that are wanted; nothing else is fetched then.
+        **hub: token, cache_dir, local_files_only.
 
     Raises:
         SourceError: no such model or revision, no access, or no network.
@@ -66,6 +71,8 @@ def download(model: ModelRef, **hub: Any) -> Path:
 
     skipped = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
     try:
+        if only is not None:
+            return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=list(only), **hub))
         folder = Path(
             snapshot_download(model.path, revision=model.revision, ignore_patterns=[*skipped, *PICKLES], **hub)
         )

@@ -21,6 +21,8 @@ class Source(Mapping[str, Tensor]):
         config: the model's config.json, or nothing.
         public_id: `org/name` on the Hub, or None for what exists on this machine only.
         revision: the commit that was read, for a model on the Hub.
+        path: the folder or file it is read from, if there is one.
+        gathered: names of tensors that are made in memory when they are read, instead of being mapped.
     """
 
     label: str
@@ -28,6 +30,8 @@ class Source(Mapping[str, Tensor]):
     config: Mapping[str, Any] = {}
     public_id: str | None = None
     revision: str | None = None
+    path: Path | None = None
+    gathered: frozenset[str] = frozenset()
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:

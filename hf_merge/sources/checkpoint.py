@@ -93,9 +93,11 @@ class Checkpoint(Source):
         revision: the commit, if it comes from there.
     """
 
+    path: Path
+
     def __init__(self, path: Path, label: str, *, public_id: str | None = None, revision: str | None = None):
         self.label, self.public_id, self.revision = label, public_id, revision
-        self.path = path
+        self.path = path  # type: ignore[override]
         self._paths = [path] if path.is_file() else find_weights(path, label)
         self._files = [open_weights(file) for file in self._paths]
         self._file_of: dict[str, _File] = {}

@@ -15,9 +15,12 @@ from typing import Any
 
 from hf_merge import _compat
 from hf_merge.errors import SourceError
-from hf_merge.sources import Source
+from hf_merge.sources import Source, download
+from hf_merge.sources.checkpoint import read_json
+from hf_merge.tokenization.union import vocabulary_of
+from hf_merge.types import InMemory, ModelRef
 
-TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _FILES = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -25,6 +28,7 @@ _FILES = {
     "spm.model", "spm_char.model", "source.spm", "target.spm", "target_vocab.json", "bpe.codes", "vocab.bpe",
     "tekken.json", "encoder.json", "normalizer.json", "entity_vocab.json", "emoji.json", *_TEMPLATES,
 }  # fmt: skip
+_KEPT = {"tokenizer.json", "tokenizer_config.json", *_TEMPLATES}
 _PATTERNS = re.compile(r"\.tiktoken$|^tokenizer\.model\.v\d|^tokenization_.*\.py$|^qwen\.tiktoken$")
 
 
@@ -36,11 +40,15 @@ class LoadedTokenizer:
         label: of its model.
         tokenizer: as AutoTokenizer loads it.
         files: names, relative to the model's folder, and contents.
+        config: the content of the model's config.json, or nothing.
+        generation: that of its generation_config.json.
     """
 
     label: str
     tokenizer: Any
     files: Mapping[str, bytes]
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
 
     @cached_property
     def vocab(self) -> dict[str, int]:
@@ -79,7 +87,9 @@ def load_folder(folder: Path, label: str) -> LoadedTokenizer:
     """Load the tokenizer of a folder that has a config.json too; see `load_tokenizer`."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in tokenizer_files(folder)}
     if not any(name in _FILES - set(_TEMPLATES) or _PATTERNS.search(name) for name in files):
-        raise SourceError(f"'{label}' has no tokenizer: save one into its folder, or leave out what is said of tokenizers.")
+        raise SourceError(
+            f"'{label}' has no tokenizer: save one into its folder, or leave out what is said of tokenizers."
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -89,7 +99,62 @@ def load_folder(folder: Path, label: str) -> LoadedTokenizer:
         raise SourceError(
             f"The tokenizer of '{label}' cannot be loaded ({_reason(error)}): save it again with this transformers."
         ) from error
-    return LoadedTokenizer(label, tokenizer, files)
+    config, generation = (_content(folder / name) for name in ("config.json", GENERATION))
+    return LoadedTokenizer(label, tokenizer, files, config, generation)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def rebuilt(base: LoadedTokenizer, state: Mapping[str, Any]) -> LoadedTokenizer:
+    """Return a tokenizer with another tokenizer.json, and all else of the one that it is made from.
+
+    Some classes build themselves anew from vocabulary and merges when they are loaded; where that does not give
+    what was asked for, the result has the class that takes tokenizer.json as it is.
+    """
+    with scratch_model(base.config) as folder, _compat.quiet():
+        base.tokenizer.save_pretrained(folder)
+        for path in tokenizer_files(folder):
+            if path.name in _FILES - _KEPT:
+                path.unlink()
+        (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        made = load_folder(folder, base.label)
+        if _essence(made.state) != _essence(state):
+            _set(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+            made = load_folder(folder, base.label)
+        if made.vocab != vocabulary_of(dict(state)):
+            raise SourceError(f"The tokenizer of '{base.label}' does not take further tokens: keep it as it is.")
+        return made
+
+
+def _essence(state: Mapping[str, Any]) -> Any:
+    """What a tokenizer does, in the form that the library gives it."""
+    from tokenizers import Tokenizer
+
+    return json.loads(Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None})).to_str())
+
+
+def _set(path: Path, **values: Any) -> None:
+    content = {**_content(path), **values}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_reference(model: ModelRef | InMemory, **hub: Any) -> LoadedTokenizer:
+    """Load the tokenizer of a model that is not merged; its weights are not fetched.
+
+    Args:
+        model: a folder or an id on the Hub.
+        **hub: token, cache_dir, local_files_only.
+
+    Raises:
+        SourceError: there is no such model, or it has no tokenizer.
+    """
+    if isinstance(model, InMemory):
+        raise SourceError(f"{model.label} has no tokenizer: name the folder or the Hub id of one.")
+    path = Path(model.path).expanduser()
+    wanted = (*_FILES, "config.json", GENERATION, "*.tiktoken", "tokenizer.model.*", "additional_chat_templates/*")
+    return load_folder(path if path.is_dir() else download(model, only=wanted, **hub), str(model))
 
 
 def _reason(error: Exception) -> str:
@@ -119,10 +184,10 @@ def write_template(folder: Path, template: str) -> None:
     for name in _TEMPLATES:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    (folder / _TEMPLATES[0]).write_text(template, encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if said.pop("chat_template", None) is not None:
+    if "chat_template" in (said := _content(config)):
+        said.pop("chat_template")
         config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ Works on what tokenizer.json holds. Ids of the first tokenizer stay; what the ot
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -17,6 +18,7 @@ PROBES = 3000
 """Texts of each kind that are tried, spread evenly over the vocabulary."""
 
 _PER_SENTENCE = 8
+_WORD = re.compile(r"\s*\w+\s*")
 _APART = 7919  # a prime: pairs up tokens from all over the vocabulary
 
 
@@ -139,25 +141,39 @@ def is_begun_by(longer: State, shorter: State) -> bool:
     return rules[: len(begin)] == begin and _pieces(shorter).keys() <= vocabulary_of(longer).keys()
 
 
-def first_change(before: State, after: State) -> Change | None:
-    """Return a short text of a tokenizer's own tokens that another one cuts otherwise; None if none was found.
+def changes(before: State, after: State) -> list[Change]:
+    """Return texts of a tokenizer's own tokens that another one cuts otherwise, the shortest first.
 
     The texts are its tokens, pairs of them, sentences of them, and what the other has tokens for. A text counts if
     the tokenizer can write it with tokens that are whole characters: no bytes of characters that it does not know.
     """
     old, new = _tokenizer(before), _tokenizer(after)
     texts, broken = _decoded(old, before)
-    foreign = sorted(vocabulary_of(after).items() - vocabulary_of(before).items(), key=lambda item: item[1])
-    ids = [i for token, i in foreign if token not in vocabulary_of(before)]
-    probes = [*_own_probes(old, texts), *_spread(new.decode_batch([[i] for i in ids], skip_special_tokens=False))]
-    probes = list(dict.fromkeys(text for text in probes if text and "\ufffd" not in text))
+    foreign = new.decode_batch([[i] for i in _foreign_words(before, after)], skip_special_tokens=False)
+    probes = dict.fromkeys([*_own_probes(old, texts), *_spread(foreign)])
+    probes = [text for text in probes if text and "\ufffd" not in text]
     encoded = [tokenizer.encode_batch(probes, add_special_tokens=False) for tokenizer in (old, new)]
     found = [
         Change(text, tuple(left.tokens), tuple(right.tokens))
         for text, left, right in zip(probes, *encoded, strict=True)
         if left.tokens != right.tokens and broken.isdisjoint(left.ids)
     ]
-    return min(found, key=lambda change: len(change.text), default=None)
+    return sorted(found, key=lambda change: len(change.text))
+
+
+def _foreign_words(before: State, after: State) -> list[int]:
+    """Return the ids of tokens that a tokenizer lacks, and that may occur in its texts: `<|im_start|>` does not."""
+    known = vocabulary_of(before)
+    added = {token["content"]: token["special"] for token in after["added_tokens"]}
+    markup = {token for token, special in added.items() if special or not _WORD.fullmatch(token)}
+    return [i for token, i in vocabulary_of(after).items() if token not in known and token not in markup]
+
+
+def is_added(change: Change, before: State, after: State) -> bool:
+    """Tell whether a change comes from added tokens alone, which are matched wherever they occur."""
+    known, added = vocabulary_of(before), {token["content"] for token in after["added_tokens"]}
+    new = {token for token in change.after if token not in known}
+    return bool(new) and new <= added
 
 
 def _tokenizer(state: State) -> Any:
@@ -192,3 +208,10 @@ def _own_probes(tokenizer: Any, texts: Mapping[int, str]) -> Iterator[str]:
 def _spread(items: list[Any]) -> list[Any]:
     """Return at most PROBES of a list, evenly spread."""
     return items[:: -(-len(items) // PROBES)] if len(items) > PROBES else items
+
+
+def is_like(one: State, other: State) -> bool:
+    """Tell whether two tokenizers cut alike but for added tokens."""
+    special = {token["content"] for state in (one, other) for token in state["added_tokens"]}
+    pieces = [_pieces(state).keys() - special for state in (one, other)]
+    return pieces[0] == pieces[1] and _merges(one) == _merges(other)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
-from hf_merge.chat_templates import BUILT_IN, template_error
 from hf_merge.errors import did_you_mean
+from hf_merge.tokenization.chat_templates import BUILT_IN, template_error
 from hf_merge.types import InMemory, ModelRef, as_model
 
 Names = Mapping[ModelRef | InMemory, ModelRef]
