@@ -129,8 +129,8 @@ def _provenance(recipe: Recipe, donor: str) -> str:
         told = [f"Config, tokenizer and the set of tensors come from `{donor}`"]
     else:
         told = [f"Config and the set of tensors come from `{donor}`"]
-        told += ["the tokenizer is the union of all models', with the ids of that model first"
-                 if isinstance(options.source, str) else f"the tokenizer from `{_local_name(options.source)}`"]  # fmt: skip
+        united = "the tokenizer is the union of all models', with the ids of that model first"
+        told += [united if isinstance(options.source, str) else f"the tokenizer from `{_local_name(options.source)}`"]
     if options is not None and options.tokens:
         told.append(
             f"the recipe says where the rows of {', '.join(f'`{token}`' for token in options.tokens)} come from"

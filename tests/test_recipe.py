@@ -570,7 +570,7 @@ def test_a_name_without_effect_in_mergekit_is_taken():
 # what cannot be meant
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "tokenizer_source", "chat_template"])
+@pytest.mark.parametrize("key", ["slices", "modules"])
 def test_what_is_not_there_yet_is_refused_by_name(key):
     for value in ("[]", "{source: union}", "union"):
         message = refused(f"{SMALL}{key}: {value}\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, model_validator
 
 from hf_merge.errors import did_you_mean
 from hf_merge.tokenization.chat_templates import BUILT_IN, template_error
@@ -79,6 +79,13 @@ TokenizerSource = Annotated[str | ModelRef | InMemory, PlainValidator(_as_source
 
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if not isinstance(value, (Mapping, cls)):
+            raise ValueError(f"should be a mapping with some of the keys {', '.join(cls.model_fields)}")
+        return value
 
 
 class TokenOptions(_Options):

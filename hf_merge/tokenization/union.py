@@ -18,6 +18,7 @@ PROBES = 3000
 """Texts of each kind that are tried, spread evenly over the vocabulary."""
 
 _PER_SENTENCE = 8
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORD = re.compile(r"\s*\w+\s*")
 _APART = 7919  # a prime: pairs up tokens from all over the vocabulary
 
@@ -192,6 +193,7 @@ def _decoded(tokenizer: Any, state: State) -> tuple[dict[int, str], set[int]]:
     blank = {i for token, i in vocabulary.items() if not token.strip("\u2581\u0120 ")}  # spaces decode to nothing
     broken = {i for i, text in texts.items() if ("\ufffd" in text or not text) and i not in blank}
     broken |= set() if unknown is None else {unknown}
+    broken |= {i for token, i in vocabulary.items() if model.get("byte_fallback") and _BYTE.fullmatch(token)}
     return {i: text for i, text in texts.items() if i not in broken}, broken
 
 

@@ -64,8 +64,8 @@ class Alignment:
     """
 
     def __init__(
-        self, target: Mapping[str, int], vocabularies: Sequence[Mapping[str, int]], models: Sequence[Ref],
-        *, base: int | None, reference: int | None, donor: int, tokens: Mapping[str, TokenOptions], multiple: int | None,
+        self, target: Mapping[str, int], vocabularies: Sequence[Mapping[str, int]], models: Sequence[Ref], *,
+        base: int | None, reference: int | None, donor: int, tokens: Mapping[str, TokenOptions], multiple: int | None,
     ):  # fmt: skip
         self.target, self.vocabularies, self.models = target, vocabularies, list(models)
         self.base, self.reference, self.donor, self.multiple = base, reference, donor, multiple
