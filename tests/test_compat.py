@@ -63,3 +63,23 @@ def test_table_of_tasks_is_still_that_of_transformers():
             found = _compat.pipeline_tag(name)
             assert found is not None and name in _compat._flat(TASK_MAPPING[found].values()), (tag, name)
     assert list(TASK_MAPPING) == list(_compat._TASKS)
+
+
+def test_chat_templates_are_still_compiled_with_transformers_own_tags():
+    import jinja2
+
+    made = _compat.compile_chat_template(
+        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}"
+    )
+    assert made.render(messages=["a", "b"]) == "ab"
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        _compat.compile_chat_template("{{")
+
+
+def test_quiet_lets_only_errors_through_and_puts_the_level_back():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    with _compat.quiet():
+        assert logging.get_verbosity() == logging.ERROR
+    assert logging.get_verbosity() == before

@@ -94,7 +94,8 @@ class Alignment:
         forced = torch.zeros(self.own.shape[1], dtype=torch.bool)
         forced[[i for i, (_, options) in self.asked.items() if options.force]] = True
         rows = {place: self._rows(place, tables, has, forced, origin, row, count) for place in holders}
-        nobody = set((~has.any(0)).nonzero().flatten().tolist()) - set(self.asked)
+        told = {i for i, (_, options) in self.asked.items() if options.source is not None}
+        nobody = set((~has.any(0)).nonzero().flatten().tolist()) - told
         zeros = tuple(token for token, i in self.target.items() if i in nobody and i < count) if nobody else ()
         return Layout(rows, count, zeros, absent)
 
