@@ -86,6 +86,7 @@ def load_tokenizer(source: Source) -> LoadedTokenizer:
 def load_folder(folder: Path, label: str) -> LoadedTokenizer:
     """Load the tokenizer of a folder that has a config.json too; see `load_tokenizer`."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in tokenizer_files(folder)}
+    config, generation = (_content(folder / name) for name in ("config.json", GENERATION))
     if not any(name in _FILES - set(_TEMPLATES) or _PATTERNS.search(name) for name in files):
         raise SourceError(
             f"'{label}' has no tokenizer: save one into its folder, or leave out what is said of tokenizers."
@@ -99,7 +100,6 @@ def load_folder(folder: Path, label: str) -> LoadedTokenizer:
         raise SourceError(
             f"The tokenizer of '{label}' cannot be loaded ({_reason(error)}): save it again with this transformers."
         ) from error
-    config, generation = (_content(folder / name) for name in ("config.json", GENERATION))
     return LoadedTokenizer(label, tokenizer, files, config, generation)
 
 
@@ -129,10 +129,8 @@ def rebuilt(base: LoadedTokenizer, state: Mapping[str, Any]) -> LoadedTokenizer:
 
 
 def _essence(state: Mapping[str, Any]) -> Any:
-    """What a tokenizer does, in the form that the library gives it."""
-    from tokenizers import Tokenizer
-
-    return json.loads(Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None})).to_str())
+    """What a tokenizer does, whatever its length is limited to."""
+    return {key: value for key, value in state.items() if key not in ("truncation", "padding")}
 
 
 def _set(path: Path, **values: Any) -> None:

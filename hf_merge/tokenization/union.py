@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -142,24 +143,37 @@ def is_begun_by(longer: State, shorter: State) -> bool:
     return rules[: len(begin)] == begin and _pieces(shorter).keys() <= vocabulary_of(longer).keys()
 
 
-def changes(before: State, after: State) -> list[Change]:
+def changes(before: State, after: State, backends: tuple[Any, Any] | None = None) -> list[Change]:
     """Return texts of a tokenizer's own tokens that another one cuts otherwise, the shortest first.
 
     The texts are its tokens, pairs of them, sentences of them, and what the other has tokens for. A text counts if
     the tokenizer can write it with tokens that are whole characters: no bytes of characters that it does not know.
+
+    Args:
+        before, after: contents of their tokenizer.json.
+        backends: the same as `tokenizers.Tokenizer`, if they are loaded already.
     """
-    old, new = _tokenizer(before), _tokenizer(after)
-    texts, broken = _decoded(old, before)
-    foreign = new.decode_batch([[i] for i in _foreign_words(before, after)], skip_special_tokens=False)
-    probes = dict.fromkeys([*_own_probes(old, texts), *_spread(foreign)])
-    probes = [text for text in probes if text and "\ufffd" not in text]
-    encoded = [tokenizer.encode_batch(probes, add_special_tokens=False) for tokenizer in (old, new)]
+    with _unlimited(*(backends or map(_tokenizer, (before, after)))) as (old, new):
+        texts, broken = _decoded(old, before)
+        foreign = new.decode_batch([[i] for i in _foreign_words(before, after)], skip_special_tokens=False)
+        probes = dict.fromkeys([*_own_probes(old, texts), *_spread(foreign)])
+        probes = [text for text in probes if text and "\ufffd" not in text]
+        encoded = [tokenizer.encode_batch(probes, add_special_tokens=False) for tokenizer in (old, new)]
     found = [
         Change(text, tuple(left.tokens), tuple(right.tokens))
         for text, left, right in zip(probes, *encoded, strict=True)
         if left.tokens != right.tokens and broken.isdisjoint(left.ids)
     ]
     return sorted(found, key=lambda change: len(change.text))
+
+
+def must_agree(before: State, after: State) -> bool:
+    """Tell whether a tokenizer cuts its texts as another does without trying: nothing but markup was added."""
+    parts = ("model", "normalizer", "pre_tokenizer")
+    same = all(before[part] == after[part] for part in parts)
+    mine = {token["content"]: token for token in before["added_tokens"]}
+    kept = all(token == mine[token["content"]] for token in after["added_tokens"] if token["content"] in mine)
+    return same and kept and not _foreign_words(before, after)
 
 
 def _foreign_words(before: State, after: State) -> list[int]:
@@ -180,7 +194,22 @@ def is_added(change: Change, before: State, after: State) -> bool:
 def _tokenizer(state: State) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@contextmanager
+def _unlimited(*tokenizers: Any) -> Iterator[tuple[Any, ...]]:
+    """Let tokenizers neither truncate nor pad for a while."""
+    limits = [(tokenizer.truncation, tokenizer.padding) for tokenizer in tokenizers]
+    for tokenizer in tokenizers:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    try:
+        yield tokenizers
+    finally:
+        for tokenizer, (truncation, padding) in zip(tokenizers, limits, strict=True):
+            _ = truncation and tokenizer.enable_truncation(**truncation)
+            _ = padding and tokenizer.enable_padding(**padding)
 
 
 def _decoded(tokenizer: Any, state: State) -> tuple[dict[int, str], set[int]]:

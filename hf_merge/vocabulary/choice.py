@@ -98,13 +98,13 @@ def _definition(token: str, everyone: Sequence[LoadedTokenizer]) -> dict[str, An
 def _changes(made: LoadedTokenizer, parts: Sequence[LoadedTokenizer]) -> Iterator[Problem]:
     """Yield for each model a text of its own that the union cuts otherwise."""
     for part in parts:
-        if part.files == made.files or part.state == made.state:
+        if part.files == made.files or union.must_agree(part.state, made.state):
             continue
         whole = any(
             union.is_like(made.state, other.state) and union.is_begun_by(other.state, part.state)
             for other in parts if other is not part
         )  # fmt: skip
-        found = union.changes(part.state, made.state)
+        found = union.changes(part.state, made.state, (part.backend, made.backend))
         broken = [] if whole else [c for c in found if not union.is_added(c, part.state, made.state)]
         if broken:
             told = f"The union breaks the tokenizer of '{part.label}': {broken[0]}"

@@ -17,27 +17,35 @@ def differences(sources: Mapping[Any, Source], donor: Any) -> Iterator[Problem]:
 
     Models whose files are equal, or whose tokenizer is not in a folder, are taken for alike.
     """
-    first = _content(sources[donor])
-    mine = None if first is None else _vocabulary(first)
+    mine = _content(sources[donor])
     for ref, source in sources.items():
         theirs = _content(source) if ref != donor and mine is not None else None
-        if theirs is None or theirs == first or mine is None:
+        if mine is None or theirs is None or mine == theirs:
             continue
-        found = _vocabulary(theirs)
-        if found is not None and found != mine:
-            yield from _compare(sources[donor].label, mine, source.label, found)
+        left, right = _vocabularies(mine, theirs)
+        if left != right:
+            yield from _compare(sources[donor].label, left, source.label, right)
 
 
 def _content(source: Source) -> bytes | None:
+    """Return tokenizer.json up to its merges, which are most of it and of no concern here."""
     path = source.path / "tokenizer.json" if source.path is not None and source.path.is_dir() else None
-    return path.read_bytes() if path is not None and path.is_file() else None
-
-
-def _vocabulary(content: bytes) -> dict[str, int] | None:
-    try:
-        return vocabulary_of(from_json(content))
-    except (ValueError, KeyError, TypeError, AttributeError):  # not ours to report: it is copied as it is
+    if path is None or not path.is_file():
         return None
+    content = path.read_bytes()
+    end = content.rfind(b'"merges"')
+    return content if end < 0 else content[:end]
+
+
+def _vocabularies(*contents: bytes) -> list[dict[str, int]]:
+    """Return the tokens of files that end before their merges; only added tokens where all else is equal."""
+    tails = {content[content.find(b'"model"') :] for content in contents}
+    heads = [content[: content.find(b'"model"')] for content in contents] if len(tails) == 1 else contents
+    try:
+        states = [from_json(head, allow_partial=True) for head in heads]
+        return [vocabulary_of({"model": {"vocab": {}}, **state}) for state in states]
+    except (ValueError, KeyError, TypeError, AttributeError):  # not ours to report: it is copied as it is
+        return [{} for _ in contents]
 
 
 def _compare(mine_label: str, mine: Mapping[str, int], label: str, theirs: Mapping[str, int]) -> Iterator[Problem]:
