@@ -70,10 +70,11 @@ class Alignment:
         self.target, self.vocabularies, self.models = target, vocabularies, list(models)
         self.base, self.reference, self.donor, self.multiple = base, reference, donor, multiple
         self.asked = {target[token]: (token, options) for token, options in tokens.items() if token in target}
-        self.ids = torch.tensor(sorted(target.values()), dtype=torch.int64)
-        size = int(self.ids.max()) + 1 if len(self.ids) else 0
-        self.own = torch.full((len(vocabularies), size), -1)
         new = torch.tensor(list(target.values()), dtype=torch.int64)
+        size = max(target.values(), default=-1) + 1
+        self.is_token = torch.zeros(size, dtype=torch.bool)
+        self.is_token[new] = True
+        self.own = torch.full((len(vocabularies), size), -1)
         for own, vocabulary in zip(self.own, vocabularies, strict=True):
             own[new] = torch.tensor([vocabulary.get(token, -1) for token in target], dtype=torch.int64)
 
@@ -151,13 +152,10 @@ class Alignment:
         table = tables[place]
         size = min(count, self.own.shape[1])
         kept = (has[place] & ~forced)[:size]
-        own = torch.full((count,), -1)
-        own[:size][kept] = self.own[place][:size][kept]
-        lacking = torch.zeros(size, dtype=torch.bool)
-        lacking[self.ids[self.ids < size]] = True
-        lacking &= ~kept
+        lacking = self.is_token[:size] & ~kept
         from_self = lacking & (origin[:size] == place)
-        own[:size][from_self] = row[:size][from_self]
+        own = torch.full((count,), -1)
+        own[:size] = torch.where(kept, self.own[place][:size], torch.where(from_self, row[:size], -1))
         borrowed, shared = [], []
         for other, theirs in enumerate(tables):
             if theirs is None:
@@ -170,15 +168,16 @@ class Alignment:
         padding, real = self._padding(place, own, table.count if table else 0)
         return Rows(own, tuple(borrowed), tuple(shared), padding, real)
 
-    def _padding(self, place: int, own: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _padding(self, place: int, own: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Keep a model's own padding rows where the result has padding; the others are to be the mean of its rows."""
         free = torch.ones(len(own), dtype=torch.bool)
-        free[self.ids[self.ids < len(own)]] = False
+        free[: len(self.is_token)] = ~self.is_token[: len(own)]
+        if not free.any():
+            return None, None
         used = torch.tensor(list(self.vocabularies[place].values()), dtype=torch.int64)
         used = used[used < count]
-        padding_here = torch.ones(max(count, len(own)), dtype=torch.bool)
-        padding_here[used] = False
-        padding_here[count:] = False
-        stays = free & padding_here[: len(own)]
+        stays = free.clone()
+        stays[used[used < len(own)]] = False
+        stays[count:] = False
         own[stays] = torch.arange(len(own))[stays]
-        return (free & ~stays).nonzero().flatten(), used.unique()
+        return (free & ~stays).nonzero().flatten(), used
