@@ -22,6 +22,8 @@ from typing import Any
 
 from benchmarks.checkpoints import SIZES, Shapes, checkpoints, llama_shapes, moe_shapes, tiny_shapes
 from benchmarks.processes import Run, run_floor, run_python
+from benchmarks.rows import COLUMNS as ROW_COLUMNS
+from benchmarks.rows import row_cells
 
 COLUMNS = ("case", "wall s", "cpu s", "anon MB", "floor s", "wall / floor", "(wall - torch) / floor")
 SLOPE_COLUMNS = ("time per tensor", "tensors", "plan s", "merge s", "plan us / tensor", "merge us / tensor")
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 case.runs.append(case.run())
         slopes = _slopes(options, Path(scratch))
     tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slopes))] if slopes else [])]
+    tables += [_table(ROW_COLUMNS, [row_cells(options.rows, options.runs)])] if options.rows else []
     text = "\n\n".join(tables)
     print(text)
     if options.json:
@@ -86,6 +89,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny-tensors", type=int, default=5000, help="of the checkpoint of tiny tensors; 0: none")
     parser.add_argument("--moe-layers", type=int, default=48, help="of the mixture of tiny experts; 0: none")
     parser.add_argument("--experts", type=int, default=128, help="in each of these layers")
+    parser.add_argument("--rows", type=int, default=151_000, help="of an embedding in another vocabulary; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),
                         help="for checkpoints, which later calls use again, and for outputs")  # fmt: skip

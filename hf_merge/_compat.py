@@ -35,24 +35,21 @@ def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
 def empty_model(config: Mapping[str, Any]) -> nn.Module | None:
     """Build the model of a config.json on the meta device; None if transformers cannot."""
     import torch
-    from transformers.utils import logging
 
     model_class = _model_class(config)
     if model_class is None:
         return None
-    with torch.device("meta"), _quiet(logging), contextlib.suppress(Exception):  # transformers may raise anything here
+    with torch.device("meta"), quiet(), contextlib.suppress(Exception):  # transformers may raise anything here
         return model_class._from_config(_config(model_class, config))
     return None
 
 
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a config.json with what its class derives from it, such as the type of every layer."""
-    from transformers.utils import logging
-
     model_class = _model_class(config)
     if model_class is None:
         return dict(config)
-    with _quiet(logging), contextlib.suppress(Exception):
+    with quiet(), contextlib.suppress(Exception):
         return json.loads(_config(model_class, config).to_json_string(use_diff=False))
     return dict(config)
 
@@ -71,7 +68,10 @@ def _config(model_class: Any, config: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(logging: Any) -> Any:
+def quiet() -> Iterator[None]:
+    """Let transformers log errors only."""
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -266,3 +266,14 @@ def cli_words() -> tuple[Any, Any, Any]:
     from huggingface_hub.cli._output import out
 
     return Argument, Option, out
+
+
+def compile_chat_template(text: str) -> Any:
+    """Compile a chat template as transformers does, with its tags.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is none.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(text)

@@ -31,6 +31,7 @@ from hf_merge.sources.checkpoint import PICKLES, Checkpoint, read_json
 from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.renamed import remapped
 from hf_merge.types import ModelRef, Ref
+from hf_merge.vocabulary import align_vocabularies
 from hf_merge.writer import WEIGHTS, Writer, refuse_existing
 
 RECIPE_FILE = "hf_merge_recipe.yaml"
@@ -203,21 +204,23 @@ def _prepare(
     opened: dict[Ref, Source] = {}
     problems: list[Problem] = []
     for stage in loaded.stages:
-        sources = _open(stage, opened, hub)
-        made = make_plan(stage, sources)
+        sources, found = _open(stage, opened, hub)
+        made = make_plan(stage, sources, problems=found)
         problems += [replace(problem, message=f"In '{stage.name}': {problem.message}") for problem in made.problems]
         opened[ModelRef(path=str(stage.name))] = LazyMerge(made, list(sources.values()), str(stage.name))
-    sources = _open(loaded, opened, hub)
-    made = make_plan(loaded, sources, max_shard_size=max_shard_size)
-    made = replace(made, problems=(*problems, *made.problems))
+    sources, found = _open(loaded, opened, hub)
+    made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=(*problems, *found))
     return place(made, device_map), list(sources.values())
 
 
-def _open(recipe: Recipe, opened: dict[Ref, Source], hub: Mapping[str, Any]) -> dict[Ref, Source]:
-    """Open the models of a recipe that are not open yet."""
+def _open(
+    recipe: Recipe, opened: dict[Ref, Source], hub: Mapping[str, Any]
+) -> tuple[dict[Ref, Source], tuple[Problem, ...]]:
+    """Open the models of a recipe that are not open yet; show all under one layout and with one vocabulary."""
     opened |= open_sources([model for model in recipe.references if model not in opened], **hub)
     sources = {model: remapped(opened[model], recipe.remap) for model in recipe.references}
-    return align_layouts(sources, recipe.donor)
+    aligned = align_vocabularies(recipe, align_layouts(sources, recipe.donor), **hub)
+    return aligned.sources, aligned.problems
 
 
 def _run(made: Plan, sources: list[Source], writer: Writer) -> None:

@@ -63,6 +63,35 @@ def _skeleton(config: str) -> Skeleton | None:
     )
 
 
+_TOKEN_TABLES = {
+    "embed_tokens.weight", "lm_head.weight", "lm_head.bias", "wte.weight", "word_embeddings.weight", "shared.weight",
+    "embed_in.weight", "embed_out.weight", "tok_embeddings.weight", "tok_embeddings.embedding.weight",
+}  # fmt: skip
+"""How embeddings and heads are mostly called, for models that transformers does not know."""
+
+
+def vocabulary_names(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """Name the tensors of a checkpoint that have a row for each token, under the checkpoint's own names.
+
+    Args:
+        config: the content of config.json. Where transformers does not know its class, the usual names count.
+        specs: the checkpoint's tensors. Their names may lack the prefix of the class, or have one more.
+    """
+    known = skeleton(config) if config else None
+    if known is None:
+        return tuple(name for name in specs if ".".join(name.split(".")[-2:]) in _TOKEN_TABLES)
+    tables = {*known.vocabulary, *(name for name, other in known.tied.items() if other in known.vocabulary)}
+    ends = tuple(f".{table}" for table in tables)
+    return tuple(
+        name for name in specs
+        if name in tables or (name not in known.specs and (name.endswith(ends) or _ends_any(tables, name)))
+    )  # fmt: skip
+
+
+def _ends_any(tables: set[str], name: str) -> bool:
+    return "." in name and any(table.endswith(f".{name}") for table in tables)
+
+
 def _in_order(module: Any) -> list[str]:
     """Names of all parameters and buffers by the registration of their modules."""
     names: list[str] = []

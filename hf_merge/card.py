@@ -14,6 +14,7 @@ from hf_merge.method import get_method
 from hf_merge.planning import Plan
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source
+from hf_merge.tokenization.chat_templates import BUILT_IN
 from hf_merge.types import InMemory, ModelRef, Ref
 
 _LIBRARIES = ("hf_merge", "torch", "transformers", "safetensors")
@@ -66,7 +67,11 @@ def pinned_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
 
 def public_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     """Return the recipe as others may see it: commits pinned, and of local paths only the last part."""
-    return recipe.renamed({model: _named(model, source, hide=True) for model, source in original_models(sources)})
+    hidden = {model: _named(model, source, hide=True) for model, source in original_models(sources)}
+    tokenizer = None if recipe.vocabulary is None else recipe.vocabulary.source
+    if isinstance(tokenizer, ModelRef) and tokenizer not in sources and Path(tokenizer.path).expanduser().exists():
+        hidden[tokenizer] = ModelRef(path=_local_name(tokenizer))
+    return recipe.renamed(hidden)
 
 
 def original_models(sources: Mapping[Ref, Source]) -> list[tuple[Ref, Source]]:
@@ -155,7 +160,7 @@ def _notes(plan: Plan) -> list[str]:
     """What a reader should know beside the recipe."""
     donor = _local_name(plan.models[plan.donor])
     notes = [
-        f"Config, tokenizer and the set of tensors come from `{donor}`.",
+        _provenance(plan.recipe, donor),
         f"Arithmetic in float32 or wider, rounded once to {str(plan.dtype).removeprefix('torch.')}.",
     ]
     copied = sum(step.method is None for step in plan.steps)
@@ -163,6 +168,27 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(f"{copied} tensors hold integers, equal in all models, and were copied.")
     rules = [(rule.pattern, rule.merge_method or plan.recipe.merge_method) for rule in plan.recipe.rules]
     return [*notes, *(f"Tensors matching `{pattern}`: {method}." for pattern, method in rules)]
+
+
+def _provenance(recipe: Recipe, donor: str) -> str:
+    """Say where config, tokenizer and chat template come from."""
+    options, template = recipe.vocabulary, recipe.chat_template
+    if options is None or options.source == "base":
+        told = [f"Config, tokenizer and the set of tensors come from `{donor}`"]
+    else:
+        told = [f"Config and the set of tensors come from `{donor}`"]
+        united = "the tokenizer is the union of all models', with the ids of that model first"
+        told += [united if isinstance(options.source, str) else f"the tokenizer from `{_local_name(options.source)}`"]
+    if options is not None and options.tokens:
+        told.append(
+            f"the recipe says where the rows of {', '.join(f'`{token}`' for token in options.tokens)} come from"
+        )
+    if template is not None:
+        named = {"auto": "that of most models"}.get(
+            template, f"`{template}`" if template in BUILT_IN else "the recipe's"
+        )
+        told.append(f"the chat template is {named}")
+    return "; ".join(told) + "."
 
 
 def _how_to_load(config: Mapping[str, Any], name: str, *, is_sentence_transformer: bool) -> str:

@@ -54,6 +54,12 @@ Keys = Annotated[
         "--keys", help="Which tensors the output has: the base's, the same and no others anywhere, common ones, all."
     ),
 ]
+TokenizerSource = Annotated[
+    str | None, Option("--tokenizer-source", help="Tokenizer of the result: union, base or a model. Default: as it is.")
+]
+ChatTemplate = Annotated[
+    str | None, Option("--chat-template", help="auto, alpaca, chatml, llama3, mistral, exaone, or a Jinja file.")
+]
 Nonfinite = Annotated[bool, Option("--allow-nonfinite", help="Let NaN and Inf pass.")]
 DeviceMap = Annotated[str, Option("--device-map", help="Where to compute: auto, cpu, cuda:0, ...")]
 ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's files.")]
@@ -78,6 +84,8 @@ def merge(
     seed: Seed = None,
     missing: Missing = None,
     keys: Keys = None,
+    tokenizer_source: TokenizerSource = None,
+    chat_template: ChatTemplate = None,
     allow_nonfinite: Nonfinite = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
@@ -95,7 +103,10 @@ def merge(
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
-    changes = _changes(method, base, parameter, dtype, seed, missing, keys, allow_nonfinite)
+    changes = _changes(
+        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
+    )  # fmt: skip
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
         max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **changes,
@@ -115,6 +126,8 @@ def plan(
     seed: Seed = None,
     missing: Missing = None,
     keys: Keys = None,
+    tokenizer_source: TokenizerSource = None,
+    chat_template: ChatTemplate = None,
     allow_nonfinite: Nonfinite = False,
     device_map: DeviceMap = "auto",
     max_shard_size: ShardSize = "5GB",
@@ -123,7 +136,10 @@ def plan(
     local_files_only: LocalOnly = False,
 ) -> None:
     """Say what a merge would read, write and need; only headers of weights are read."""
-    changes = _changes(method, base, parameter, dtype, seed, missing, keys, allow_nonfinite)
+    changes = _changes(
+        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
+    )  # fmt: skip
     made = hf_merge.plan(
         _recipe(sources, method), device_map=device_map, max_shard_size=max_shard_size, token=token,
         cache_dir=cache_dir, local_files_only=local_files_only, **changes,
@@ -176,16 +192,10 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
     out.result("Merged model with its card", path=str(result.best), seconds=round(result.seconds))
 
 
-def _changes(
-    method: str | None, base: str | None, parameters: list[str] | None, dtype: str | None, seed: int | None,
-    missing: str | None, keys: str | None, allow_nonfinite: bool,
-) -> dict[str, Any]:  # fmt: skip
+def _changes(parameters: list[str] | None, **named: Any) -> dict[str, Any]:
     """Collect what the flags say of the recipe."""
-    named = {"method": method, "base_model": base, "dtype": dtype, "seed": seed, "missing": missing, "keys": keys}
-    changes: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    if allow_nonfinite:
-        changes["allow_nonfinite"] = True
-    return changes | dict(_parameter(text) for text in parameters or ())
+    said = {key: value for key, value in named.items() if value is not None}
+    return said | dict(_parameter(text) for text in parameters or ())
 
 
 def _parameter(text: str) -> tuple[str, Any]:

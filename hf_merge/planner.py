@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from hf_merge.architecture import vocabulary_names
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
 from hf_merge.method import MergeMethod, get_method
@@ -40,6 +41,7 @@ def make_plan(
     *,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     workers: int | None = None,
+    problems: Sequence[Problem] = (),
 ) -> Plan:
     """Decide how every output tensor comes about.
 
@@ -48,6 +50,7 @@ def make_plan(
         sources: the recipe's models, with the shapes and dtypes of their tensors.
         max_shard_size: bytes, or `"5GB"`.
         workers: how many tensors are worked on at a time, for the estimate of memory; see `default_workers`.
+        problems: what was found before.
     """
     planner = _Planner(recipe, sources)
     steps = tuple(planner.step(target) for target in planner.outline.targets())
@@ -60,7 +63,7 @@ def make_plan(
         config=config,
         steps=steps,
         shards=_lay_out(specs, max_shard_size, planner.donor.folders),
-        problems=(*planner.problems(), *doubts),
+        problems=(*problems, *planner.problems(), *doubts),
         bytes_read=sum(planner.bytes_read(step) for step in steps),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
     )
@@ -271,8 +274,7 @@ class _Planner:
     def _problems_of_model(self, i: int, source: SourceLike) -> Iterator[Problem]:
         donor = self.donor.label
         if names := self.shapes.get(i):
-            fix = "merge models of one architecture and vocabulary, or set them apart by rules:"
-            yield Problem("error", f"'{source.label}' has other shapes than '{donor}': {fix}", tuple(names))
+            yield from self._problems_of_shapes(source, names)
         if names := self.dtypes.get(i):
             yield Problem(
                 "error", f"'{source.label}' has floats where '{donor}' has none, or the reverse:", tuple(names)
@@ -287,6 +289,21 @@ class _Planner:
         kinds = [model.config.get("model_type") for model in (source, self.donor)]
         if None not in kinds and kinds[0] != kinds[1]:
             yield Problem("warning", f"'{source.label}' is a '{kinds[0]}' model, '{donor}' a '{kinds[1]}' model.")
+
+    def _problems_of_shapes(self, source: SourceLike, names: Sequence[str]) -> Iterator[Problem]:
+        """Yield other numbers of rows in embeddings and heads, which a tokenizer mends, apart from other shapes."""
+        tables = set(vocabulary_names(self.donor.config, self.donor.specs))
+        wide = {name for name in tables & source.specs.keys()
+                if source.specs[name].shape[1:] == self.donor.specs[name].shape[1:]}  # fmt: skip
+        vocabulary = tuple(text for text in names if text.split(" ")[0] in wide)
+        others = tuple(text for text in names if text not in vocabulary)
+        if vocabulary:
+            fix = "set tokenizer_source: union, base or the model whose tokenizer the result should have."
+            told = f"'{source.label}' has another vocabulary than '{self.donor.label}': {fix}"
+            yield Problem("error", told, vocabulary)
+        if others:
+            fix = "merge models of one architecture and vocabulary, or set them apart by rules:"
+            yield Problem("error", f"'{source.label}' has other shapes than '{self.donor.label}': {fix}", others)
 
     def _problem_of_lacking(self, source: SourceLike, names: tuple[str, ...]) -> Problem:
         found = f"'{source.label}' lacks tensors of '{self.donor.label}'"

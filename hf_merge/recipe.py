@@ -35,16 +35,16 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Lt
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import is_filter, leaves
-from hf_merge.schema import DType, Model, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
-from hf_merge.types import InMemory, ModelRef, Ref
+from hf_merge.schema import DType, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
+from hf_merge.tokenization.options import ChatTemplate, TokenizerOptions, TokenizerSource, keys_at
+from hf_merge.types import InMemory, Model, ModelRef, Ref
 from hf_merge.yaml_lines import MAX_BYTES, Document, Lines, load_documents
 
-NOT_YET = ("tokenizer", "tokenizer_source", "chat_template")
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
 """Python spellings of words of the recipe."""
 
@@ -69,6 +69,9 @@ class Recipe(Part):
             else may be in any model (strict); those that all have (intersection); or those that any has (union).
         remap: regular expressions and what to put in their place in the names of every model's tensors.
         allow_nonfinite: let NaN and Inf pass.
+        tokenizer: of the result, and the rows of its tokens; the base's files as they are if not given.
+        tokenizer_source: short for `tokenizer: {source: ..}`.
+        chat_template: `auto`, a built-in name, or Jinja (the text of a file, once it is read).
         name: by which other documents of the same file refer to the result.
         stages: the other documents: named merges whose results this one merges.
     """
@@ -87,6 +90,9 @@ class Recipe(Part):
     keys: Literal["base", "strict", "intersection", "union"] = "base"
     remap: dict[Pattern, str] = Field(default_factory=dict)
     allow_nonfinite: bool = False
+    tokenizer: TokenizerOptions | None = None
+    tokenizer_source: TokenizerSource | None = None
+    chat_template: ChatTemplate | None = None
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
 
@@ -94,6 +100,13 @@ class Recipe(Part):
     def _one_way(self) -> Recipe:
         one_of(self, ("models", "slices", "modules"))
         return self
+
+    @field_validator("tokenizer_source")
+    @classmethod
+    def _one_tokenizer(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("tokenizer") is not None:
+            raise ValueError("says again what 'tokenizer' says; write one of both")
+        return value
 
     @classmethod
     def load(cls, source: Any, **changes: Any) -> Recipe:
@@ -148,6 +161,12 @@ class Recipe(Part):
         bases = [self.base_model, *(piece.base_model for piece in slices)]
         return list(dict.fromkeys([*self.merged, *(base for base in bases if base is not None)]))
 
+    @property
+    def vocabulary(self) -> TokenizerOptions | None:
+        """What is said of the tokenizer, in either way."""
+        short = self.tokenizer_source
+        return TokenizerOptions(source=short) if self.tokenizer is None and short is not None else self.tokenizer
+
     def renamed(self, names: Mapping[ModelRef | InMemory, ModelRef]) -> Recipe:
         """Return the recipe with other names for some of its models, in its stages too."""
         return _renamed(self, names)
@@ -163,6 +182,8 @@ def _renamed(value: Any, names: Mapping[ModelRef | InMemory, ModelRef]) -> Any:
         return names.get(value, value)
     if isinstance(value, tuple):
         return tuple(_renamed(part, names) for part in value)
+    if isinstance(value, TokenizerOptions):
+        return value.renamed(names)
     if isinstance(value, BaseModel):
         changed = {key: _renamed(getattr(value, key), names) for key in value.model_fields_set}
         return value.model_copy(update=changed)
@@ -268,6 +289,7 @@ def _change(data: dict[str, Any], lines: Lines, words: Mapping[str, Any]) -> Rec
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, lines) for e in error.errors())) from None
     _check_rules(recipe, lines)
+    _check_tokens(recipe, lines)
     _check_parameters(recipe, lines)
     given = {key: value for key, value in words.items() if key not in Recipe.model_fields}
     if not given:
@@ -329,10 +351,9 @@ def _explain(error: Any, lines: Lines) -> str:
     place = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.startswith(inner)))
     key = place[-1] if place else "the recipe"
     if error["type"] == "extra_forbidden":
-        if key in NOT_YET and len(place) == 1:
-            return f"{_line(place, lines)}'{key}' is not supported yet."
         owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Recipe)
-        return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), owner.model_fields)}"
+        known = keys_at(place) or owner.model_fields
+        return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), known)}"
     if error["type"] == "missing":
         return f"{_line(place, lines)}The recipe lacks '{key}'."
     found = "" if place == () or isinstance(error["input"], (Mapping, list)) else f"; found {shown(error['input'])}"
@@ -366,6 +387,13 @@ def _check_rules(recipe: Recipe, lines: Lines) -> None:
             if model not in known:
                 place = _line(("rules", i, "models", j), lines)
                 raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
+
+
+def _check_tokens(recipe: Recipe, lines: Lines) -> None:
+    """Check that the rows of tokens come from models of the recipe."""
+    for token, model in recipe.tokenizer.strangers(recipe.references) if recipe.tokenizer else ():
+        place = _line(("tokenizer", "tokens", token), lines)
+        raise RecipeError(f"{place}the row of '{token}' comes from '{model}', which is not among the models.")
 
 
 def _check_parameters(recipe: Recipe, lines: Lines) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -15,43 +14,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     field_validator,
     model_validator,
 )
 
-from hf_merge.types import InMemory, ModelRef
-
-
-def _as_model(value: Any) -> Any:
-    if isinstance(value, (str, os.PathLike)):
-        return ModelRef.parse(os.fspath(value))
-    if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
-        return _with_lora(_as_model(value["model"]), value.get("lora"))
-    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
-        named = ModelRef.parse_one(value["path"])
-        return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
-    if isinstance(value, (ModelRef, InMemory)):
-        return value
-    raise ValueError("should be a folder, a Hub id, {path: .., revision: ..} or {model: .., lora: ..}")
-
-
-def _with_lora(base: Any, lora: Any) -> Any:
-    """Add MergeKit's `lora:` to a model."""
-    if lora is None:
-        return base
-    adapter = _as_model(lora)
-    if not isinstance(base, ModelRef) or not isinstance(adapter, ModelRef) or base.lora or adapter.lora:
-        raise ValueError("takes one adapter, and both it and its base should be folders or Hub ids")
-    return base.with_lora(adapter)
-
-
-def _plain_model(model: ModelRef | InMemory) -> Any:
-    """Write a model as text, or as a mapping where the text would be read as another model."""
-    if isinstance(model, InMemory) or str(model).count("+") == (model.lora is not None):
-        return str(model)
-    parts = [part.model_dump(exclude_defaults=True) for part in (model.with_lora(None), model.lora) if part]
-    return parts[0] if len(parts) == 1 else {"model": parts[0], "lora": parts[1]}
+from hf_merge.types import InMemory, Model, ModelRef
 
 
 def _as_entries(value: Any) -> Any:
@@ -79,7 +46,6 @@ def one_of(part: Any, names: Sequence[str]) -> None:
         raise ValueError(f"has {' and '.join(given)}: write one of them")
 
 
-Model = Annotated[ModelRef | InMemory, BeforeValidator(_as_model), PlainSerializer(_plain_model)]
 Setting = Any
 Pattern = Annotated[str, BeforeValidator(_as_pattern)]
 DType = Annotated[

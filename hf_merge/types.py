@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Le
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from torch import Tensor
 
 T = TypeVar("T")
@@ -205,3 +205,39 @@ class ModelRef(BaseModel):
 
 Ref: TypeAlias = ModelRef | InMemory
 """A model as a recipe names it."""
+
+
+def as_model(value: Any) -> Ref:
+    """Read a model as recipes name it: text, a path, `{path: .., revision: ..}` or `{model: .., lora: ..}`."""
+    if isinstance(value, (str, os.PathLike)):
+        return ModelRef.parse(os.fspath(value))
+    if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
+        return _with_lora(as_model(value["model"]), value.get("lora"))
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
+        named = ModelRef.parse_one(value["path"])
+        return ModelRef(path=named.path, revision=value.get("revision") or named.revision)
+    if isinstance(value, (ModelRef, InMemory)):
+        return value
+    raise ValueError("should be a folder, a Hub id, {path: .., revision: ..} or {model: .., lora: ..}")
+
+
+def _with_lora(base: Any, lora: Any) -> Any:
+    """Add MergeKit's `lora:` to a model."""
+    if lora is None:
+        return base
+    adapter = as_model(lora)
+    if not isinstance(base, ModelRef) or not isinstance(adapter, ModelRef) or base.lora or adapter.lora:
+        raise ValueError("takes one adapter, and both it and its base should be folders or Hub ids")
+    return base.with_lora(adapter)
+
+
+def _plain_model(model: ModelRef | InMemory) -> Any:
+    """Write a model as text, or as a mapping where the text would be read as another model."""
+    if isinstance(model, InMemory) or str(model).count("+") == (model.lora is not None):
+        return str(model)
+    parts = [part.model_dump(exclude_defaults=True) for part in (model.with_lora(None), model.lora) if part]
+    return parts[0] if len(parts) == 1 else {"model": parts[0], "lora": parts[1]}
+
+
+Model = Annotated[ModelRef | InMemory, BeforeValidator(as_model), PlainSerializer(_plain_model)]
+"""A model in a recipe."""

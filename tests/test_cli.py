@@ -60,6 +60,14 @@ def test_flags_say_the_same_as_a_recipe(recipe, llamas, tmp_path):
     assert left[8 + header :] == right[8 + int.from_bytes(right[:8], "little") :]
 
 
+def test_flags_of_tokenizer_and_template(llamas, tmp_path):
+    words = ["--method", "linear", str(llamas["a"]), str(llamas["b"]), "--tokenizer-source", "union"]
+    assert run("merge", *words, "--chat-template", "chatml", str(tmp_path / "m")).returncode == 0
+    recipe = yaml.safe_load((tmp_path / "m" / "hf_merge_recipe.yaml").read_text())
+    assert recipe["tokenizer_source"] == "union" and recipe["chat_template"] == "chatml"
+    assert "<|im_start|>" in (tmp_path / "m" / "chat_template.jinja").read_text()
+
+
 def test_each_model_has_its_own_value(llamas, tmp_path):
     done = run("plan", "--method", "linear", llamas["a"], llamas["b"], "-p", "weight=0.75,0.25", "--json")
     tensors = json.loads(done.stdout)["tensors"]

@@ -120,3 +120,23 @@ def test_infinite_numbers_of_a_config_are_still_decoded():
     written = {**json.loads(config.to_json_string()), "architectures": ["Mamba2ForCausalLM"]}
     assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     assert isinstance(_compat.empty_model(written), Mamba2ForCausalLM)
+
+
+def test_chat_templates_are_still_compiled_with_transformers_own_tags():
+    import jinja2
+
+    made = _compat.compile_chat_template(
+        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}"
+    )
+    assert made.render(messages=["a", "b"]) == "ab"
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        _compat.compile_chat_template("{{")
+
+
+def test_quiet_lets_only_errors_through_and_puts_the_level_back():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    with _compat.quiet():
+        assert logging.get_verbosity() == logging.ERROR
+    assert logging.get_verbosity() == before

@@ -571,14 +571,6 @@ def test_a_name_without_effect_in_mergekit_is_taken():
 # what cannot be meant
 
 
-@pytest.mark.parametrize("key", ["tokenizer", "tokenizer_source", "chat_template"])
-def test_what_is_not_there_yet_is_refused_by_name(key):
-    for value in ("[]", "{source: union}", "union"):
-        message = refused(f"{SMALL}{key}: {value}\n")
-        assert message.startswith(f"line 9: '{key}' is not supported yet")
-        assert "Did you mean" not in message
-
-
 @pytest.mark.parametrize(
     ("text", "model"),
     [

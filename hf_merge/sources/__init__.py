@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,13 @@ def _located(model: ModelRef, **hub: Any) -> tuple[Path, dict[str, str]]:
     return folder, {"public_id": model.path, "revision": folder.name}
 
 
-def download(model: ModelRef, **hub: Any) -> Path:
+def download(model: ModelRef, *, only: Sequence[str] | None = None, **hub: Any) -> Path:
     """Fetch a model of the Hub into its cache: everything but weights in other formats.
+
+    Args:
+        model: which one.
+        only: patterns of the files that are wanted; nothing else is fetched then.
+        **hub: token, cache_dir, local_files_only.
 
     Raises:
         SourceError: no such model or revision, no access, or no network.
@@ -83,6 +88,8 @@ def download(model: ModelRef, **hub: Any) -> Path:
 
     fetch = partial(snapshot_download, model.path, revision=model.revision, **hub)
     try:
+        if only is not None:
+            return Path(fetch(allow_patterns=list(only)))
         folder = Path(fetch(ignore_patterns=[*_OTHER_FORMATS, *(f"*{suffix}" for suffix in PICKLES)]))
         modules = module_folders(folder)
         without = [name for name in modules if not any((folder / name).glob("*.safetensors"))]
