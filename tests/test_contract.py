@@ -357,6 +357,13 @@ def test_the_engine_computes_what_a_call_on_tensors_does(method, with_base):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@each_use(METHODS)
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
+def test_the_engine_merges_empty_tensors(method, with_base, shape):
+    models, base = example(method, shape)
+    assert merged_by_engine(method, models, base if with_base or method in DELTAS else None).shape == shape
+
+
 # where and how it runs
 
 

@@ -151,6 +151,8 @@ def stock_ratio(products: Tensor) -> Tensor:
     and t is 0 where its divisor is nearly 0.
     """
     k = len(products)
+    if not k:  # an empty tensor
+        return products.new_zeros(())
     norms = [products[i, i].sqrt() for i in range(k)]
     pairs = [(i, j) for i in range(k) for j in range(i)]
     cosines = [(products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1) for i, j in pairs]
