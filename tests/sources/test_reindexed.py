@@ -39,7 +39,7 @@ def test_rows_are_gathered_when_asked_for_and_no_sooner():
     assert source.reads == [] and view.specs["e"].shape == (3, 2) and list(view) == ["e", "w"]
     assert view["e"].tolist() == [[4, 5], [0, 0], [0, 1]] and source.reads == ["e"]
     assert (view.label, view.public_id, view.revision, view.config) == ("watched", "org/x", "abc", {"model_type": "x"})
-    assert view.gathered == {"e"}
+    assert (view.bytes_held("e"), view.bytes_held("w")) == (24, 0)
 
 
 def test_rows_of_others_and_means_of_several():

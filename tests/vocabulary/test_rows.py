@@ -136,4 +136,4 @@ def test_model_that_stays_as_it_is_is_not_copied():
         base=None, reference=0, donor=0, tokens={}, multiple=None,
     )  # fmt: skip
     view = Reindexed(source, {NAME: alignment.layout([Table(source, NAME, 3)], [0]).rows[0]})
-    assert view[NAME] is source[NAME] and view["other"] is source["other"] and not view.gathered
+    assert view[NAME] is source[NAME] and view["other"] is source["other"] and not view.bytes_held(NAME)
