@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from hf_merge.architecture import vocabulary_names
+from hf_merge.checking import idle_parameters
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
 from hf_merge.method import MergeMethod, get_method
@@ -245,6 +246,8 @@ class _Planner:
             yield Problem(
                 "warning", "The base lacks tensors; they are the average of the models that have them.", names
             )
+        for name, method in idle_parameters(self.recipe):
+            yield Problem("warning", f"'{name}' has no effect: '{method}' has no such parameter.")
         for rule in self.recipe.rules:
             if id(rule) not in self.matched:
                 yield Problem("warning", f"The rule '{rule.pattern}' matches no tensor.")

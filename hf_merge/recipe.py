@@ -27,19 +27,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from hf_merge.checking import check, line_of
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
-from hf_merge.schedule import is_filter, leaves
+from hf_merge.schedule import is_filter
 from hf_merge.schema import DType, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
 from hf_merge.tokenization.options import ChatTemplate, TokenizerOptions, TokenizerSource, keys_at
 from hf_merge.types import InMemory, Model, ModelRef, Ref
@@ -288,14 +288,12 @@ def _change(data: dict[str, Any], lines: Lines, words: Mapping[str, Any]) -> Rec
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, lines) for e in error.errors())) from None
-    _check_rules(recipe, lines)
-    _check_tokens(recipe, lines)
-    _check_parameters(recipe, lines)
+    check(recipe, lines)
     given = {key: value for key, value in words.items() if key not in Recipe.model_fields}
     if not given:
         return recipe
     changed = _with_parameters(recipe, given)
-    _check_parameters(changed, {})
+    check(changed, {})
     return changed
 
 
@@ -353,13 +351,13 @@ def _explain(error: Any, lines: Lines) -> str:
     if error["type"] == "extra_forbidden":
         owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Recipe)
         known = keys_at(place) or owner.model_fields
-        return f"{_line(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), known)}"
+        return f"{line_of(place, lines)}Unknown key '{key}'.{did_you_mean(str(key), known)}"
     if error["type"] == "missing":
-        return f"{_line(place, lines)}The recipe lacks '{key}'."
+        return f"{line_of(place, lines)}The recipe lacks '{key}'."
     found = "" if place == () or isinstance(error["input"], (Mapping, list)) else f"; found {shown(error['input'])}"
     said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     what = f"'{'.'.join(map(str, place))}'" if place else "The recipe"
-    return f"{_line(place, lines)}{what} {said}{found}."
+    return f"{line_of(place, lines)}{what} {said}{found}."
 
 
 _OWNERS: dict[Any, type[Part]] = {
@@ -369,112 +367,6 @@ _OWNERS: dict[Any, type[Part]] = {
     "modules": Module,
     "rules": Rule,
 }
-
-
-def _line(place: Sequence[Any], lines: Lines) -> str:
-    """Return `line N: ` for the innermost key of `place` that has one."""
-    for end in range(len(place), 0, -1):
-        if tuple(place[:end]) in lines:
-            return f"line {lines[tuple(place[:end])]}: "
-    return ""
-
-
-def _check_rules(recipe: Recipe, lines: Lines) -> None:
-    """Check that rules name models of the recipe only."""
-    known = set(recipe.references)
-    for i, rule in enumerate(recipe.rules):
-        for j, model in enumerate(rule.models):
-            if model not in known:
-                place = _line(("rules", i, "models", j), lines)
-                raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
-
-
-def _check_tokens(recipe: Recipe, lines: Lines) -> None:
-    """Check that the rows of tokens come from models of the recipe."""
-    for token, model in recipe.tokenizer.strangers(recipe.references) if recipe.tokenizer else ():
-        place = _line(("tokenizer", "tokens", token), lines)
-        raise RecipeError(f"{place}the row of '{token}' comes from '{model}', which is not among the models.")
-
-
-def _check_parameters(recipe: Recipe, lines: Lines) -> None:
-    """Check every name and value of every parameter that the recipe sets."""
-    main = _method_at(("merge_method",), recipe.merge_method, lines)
-    parts = {
-        name: _method_at(("modules", name, "merge_method"), part.merge_method or main.name, lines)
-        for name, part in recipe.parts.items()
-    }
-    rules = [_method_at(("rules", i, "merge_method"), r.merge_method or main.name, lines)
-             for i, r in enumerate(recipe.rules)]  # fmt: skip
-    scopes = [(("parameters",), recipe.parameters, [main, *parts.values(), *rules])]
-    for name, part in recipe.parts.items():
-        prefix = ("modules", name) if recipe.modules else ()
-        scopes += [(place, said, [parts[name], *rules]) for place, said in _scopes(prefix, part)]
-    scopes += [(("rules", i, "parameters"), r.parameters, [rules[i]]) for i, r in enumerate(recipe.rules)]
-    for place, parameters, methods in scopes:
-        for name, setting in parameters.items():
-            try:
-                _check_setting(name, setting, methods, in_model=place[-3:-2] in (("models",), ("sources",)))
-            except ParameterError as error:
-                raise ParameterError(f"{_line((*place, name), lines)}{error}") from None
-
-
-def _scopes(prefix: tuple[Any, ...], part: Module) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Setting]]]:
-    """Yield every place of a module where parameters stand, and what is said there."""
-    yield (*prefix, "parameters"), part.parameters
-    for i, entry in enumerate(part.models):
-        yield (*prefix, "models", i, "parameters"), entry.parameters
-    for i, piece in enumerate(part.slices):
-        yield (*prefix, "slices", i, "parameters"), piece.parameters
-        for j, entry in enumerate(piece.sources):
-            yield (*prefix, "slices", i, "sources", j, "parameters"), entry.parameters
-
-
-def _method_at(place: tuple[Any, ...], name: str, lines: Lines) -> MergeMethod:
-    try:
-        return get_method(name)
-    except RecipeError as error:
-        raise type(error)(f"{_line(place, lines)}{error}") from None
-
-
-def _check_setting(name: str, setting: Any, methods: Sequence[MergeMethod], *, in_model: bool) -> None:
-    """Check a setting against the first method that knows the parameter."""
-    knowing = [m for m in methods if name in m.parameters or name in m.ignored]
-    parameter = (knowing or methods)[0].parameter(name)
-    if parameter is None:
-        return
-    if in_model and not parameter.per_model:
-        raise ParameterError(
-            f"'{name}' of '{knowing[0].name}' is one value for all models: write it under `parameters:`."
-        )
-    if not _is_setting(setting):
-        raise ParameterError(
-            f"'{name}' should be a value, a list of values, {{filter: .., value: ..}} or a list of these; "
-            f"found {shown(setting)}."
-        )
-    for value in leaves(setting):
-        parameter.check(value, knowing[0].name)
-
-
-def _is_setting(setting: Any) -> bool:
-    """Tell whether a setting has one of the forms that `schedule.resolve` reads."""
-    filters = setting if isinstance(setting, (list, tuple)) and any(isinstance(s, Mapping) for s in setting) else None
-    if isinstance(setting, Mapping):
-        filters = [setting]
-    if filters is None:
-        return _is_plain(setting)
-    return all(
-        is_filter(part)
-        and set(part) <= {"filter", "value"}
-        and isinstance(part.get("filter"), (str, NoneType))
-        and _is_plain(part["value"])
-        for part in filters
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell whether a value is one, or a gradient: a list of numbers, of words or of booleans."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(v, (bool, int, float, str, NoneType)) for v in values)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import hf_merge
+from hf_merge.checking import idle_parameters
 from hf_merge.errors import MergeError, ParameterError, RecipeError, UnknownMethodError
 from hf_merge.recipe import Recipe
 from hf_merge.schedule import UNSET, resolve_first
@@ -563,9 +564,13 @@ def test_a_seed_among_the_parameters_is_refused_as_it_would_have_no_effect():
 
 def test_a_name_without_effect_in_mergekit_is_taken():
     assert Recipe.from_yaml(f"{SMALL}  int8_mask: true\n").parameters["int8_mask"] is True
-    assert "no parameter 'int8_mask'" in refused(
-        "merge_method: linear\nmodels: [org/a]\nparameters: {int8_mask: true}\n"
-    )
+    left_over = "merge_method: linear\nmodels: [org/a]\nparameters: {int8_mask: true, density: 0.5, rescale: false}\n"
+    assert idle_parameters(Recipe.from_yaml(left_over)) == [
+        (name, "linear") for name in ("int8_mask", "density", "rescale")
+    ]
+    assert idle_parameters(Recipe.from_yaml(f"{SMALL}  int8_mask: true\n")) == []
+    with pytest.raises(ParameterError, match="'linear' has no parameter 'density'"):
+        Recipe.from_yaml("merge_method: linear\nmodels: [org/a]", density=0.5)
 
 
 # what cannot be meant
