@@ -163,6 +163,7 @@ def _notes(plan: Plan) -> list[str]:
         _provenance(plan.recipe, donor),
         f"Arithmetic in float32 or wider, rounded once to {str(plan.dtype).removeprefix('torch.')}.",
     ]
+    notes += [f"Layers of {told}." for told in plan.layers(lambda model: f"`{_local_name(model)}`")]
     copied = sum(step.method is None for step in plan.steps)
     if copied:
         notes.append(f"{copied} tensors hold integers, equal in all models, and were copied.")

@@ -251,7 +251,9 @@ class Outline:
                 depth = layer / (length - 1) if length > 1 else 1.0
                 for rest, spec in tables[lead.place].get(lead.first_layer + layer, ()):
                     yield Target(f"{stack}{place}{rest}", spec, cut, depth, layer)
-        self.stacks[stack] = tuple(origins)
+        own = range(self.layers[self.donor].count.get(stack, 0))
+        if origins != [(self.donor, layer) for layer in own]:
+            self.stacks[stack] = tuple(origins)
 
     def _after(self, stack: str, specs: Mapping[str, TensorSpec]) -> set[str]:
         """Name the tensors that come after a stack: final norm, head. Those before it are its embeddings."""

@@ -65,6 +65,7 @@ def make_plan(
         steps=steps,
         shards=_lay_out(specs, max_shard_size, planner.donor.folders),
         problems=(*problems, *planner.problems(), *doubts),
+        stacks=planner.outline.stacks,
         bytes_read=sum(planner.bytes_read(step) for step in steps),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
     )
@@ -214,7 +215,7 @@ class _Planner:
         configs = [source.config for source in self.sources]
         for stack, origins in self.outline.stacks.items():
             depth = self.outline.layers[self.donor_place].count.get(stack, 0)
-            if config and origins != tuple((self.donor_place, i) for i in range(depth)):
+            if config:
                 config, doubt = restacked(config, stack, depth, [(configs[place], i) for place, i in origins], specs)
                 doubts += [Problem("error", doubt)] if doubt else []
         return with_dtype(config, most_common_dtype(specs.values())), doubts

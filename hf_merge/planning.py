@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -104,6 +105,7 @@ class Plan:
         config: the output's config.json.
         steps: one for each output tensor, in the donor's order.
         shards: names of the output files, each with its tensors in the order of the file.
+        stacks: for each stack of layers that is rearranged the model and the layer there that each layer is of.
         problems: what was found.
         bytes_read: of all inputs, each read once.
         peak_memory: bytes of working memory, an upper estimate.
@@ -118,6 +120,22 @@ class Plan:
     problems: tuple[Problem, ...]
     bytes_read: int
     peak_memory: int
+    stacks: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    def layers(self, name: Callable[[Ref], str] = str) -> list[str]:
+        """Say where rearranged layers come from: `model.layers: 48, like 0-23 of org/a, 8-31 of org/b`."""
+        return [f"{stack.rstrip('.')}: {len(origins)}, like {', '.join(self._runs(origins, name))}"
+                for stack, origins in self.stacks.items()]  # fmt: skip
+
+    def _runs(self, origins: Sequence[tuple[int, int]], name: Callable[[Ref], str]) -> Iterator[str]:
+        for _, run in groupby(enumerate(origins), lambda item: (item[1][0], item[1][1] - item[0])):
+            layers = [origin for _, origin in run]
+            (model, first), (_, last) = layers[0], layers[-1]
+            yield (
+                f"{first}-{last} of {name(self.models[model])}"
+                if first < last
+                else f"{first} of {name(self.models[model])}"
+            )
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -218,6 +236,7 @@ def _describe(plan: Plan) -> Iterator[str]:
         "base": str(plan.recipe.base_model or "none"),
         "config from": str(plan.models[plan.donor]),
         "tensors": f"{len(plan.steps)} ({', '.join(f'{count} {name}' for name, count in methods.items())})",
+        **({"layers": "; ".join(plan.layers())} if plan.stacks else {}),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "read": format_bytes(plan.bytes_read),
         "write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",

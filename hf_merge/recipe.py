@@ -136,7 +136,7 @@ class Recipe(Part):
         """Return the recipe as YAML that `from_yaml` reads back; its stages are the first documents."""
         documents = [_plain(stage.to_dict()) for stage in self.stages]
         last = {key: value for key, value in _plain(self.to_dict()).items() if key != "stages"}
-        return yaml.safe_dump_all([*documents, last], sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump_all([*documents, last], sort_keys=False, allow_unicode=True, default_flow_style=None)
 
     @property
     def parts(self) -> dict[str, Module]:
