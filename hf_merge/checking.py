@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from hf_merge.errors import ParameterError, RecipeError, shown
 from hf_merge.method import MergeMethod, get_method, list_methods
 from hf_merge.schedule import is_filter, leaves
-from hf_merge.schema import Module, Setting
+from hf_merge.schema import Module, Rule, Setting
+from hf_merge.tokenization.options import TokenizerOptions
+from hf_merge.types import Ref
 from hf_merge.yaml_lines import Lines
 
-if TYPE_CHECKING:
-    from hf_merge.recipe import Recipe
+
+class Said(Protocol):
+    """What is asked of a recipe here."""
+
+    @property
+    def merge_method(self) -> str: ...
+    @property
+    def parameters(self) -> Mapping[str, Setting]: ...
+    @property
+    def modules(self) -> Mapping[str, Module]: ...
+    @property
+    def parts(self) -> Mapping[str, Module]: ...
+    @property
+    def rules(self) -> Sequence[Rule]: ...
+    @property
+    def references(self) -> Sequence[Ref]: ...
+    @property
+    def tokenizer(self) -> TokenizerOptions | None: ...
+
 
 Scope = tuple[tuple[Any, ...], Mapping[str, Setting], Sequence[MergeMethod]]
 
 
-def check(recipe: Recipe, lines: Lines) -> None:
+def check(recipe: Said, lines: Lines) -> None:
     """Check all that the types of a recipe's parts cannot.
 
     Args:
@@ -41,7 +60,7 @@ def line_of(place: Sequence[Any], lines: Lines) -> str:
     return ""
 
 
-def _check_rules(recipe: Recipe, lines: Lines) -> None:
+def _check_rules(recipe: Said, lines: Lines) -> None:
     """Check that rules name models of the recipe only."""
     known = set(recipe.references)
     for i, rule in enumerate(recipe.rules):
@@ -51,14 +70,14 @@ def _check_rules(recipe: Recipe, lines: Lines) -> None:
                 raise RecipeError(f"{place}a rule names '{model}', which is not among the models.")
 
 
-def _check_tokens(recipe: Recipe, lines: Lines) -> None:
+def _check_tokens(recipe: Said, lines: Lines) -> None:
     """Check that the rows of tokens come from models of the recipe."""
     for token, model in recipe.tokenizer.strangers(recipe.references) if recipe.tokenizer else ():
         place = line_of(("tokenizer", "tokens", token), lines)
         raise RecipeError(f"{place}the row of '{token}' comes from '{model}', which is not among the models.")
 
 
-def _check_parameters(recipe: Recipe, lines: Lines) -> None:
+def _check_parameters(recipe: Said, lines: Lines) -> None:
     """Check every name and value of every parameter that the recipe sets."""
     for place, parameters, methods in _all_scopes(recipe, lines):
         for name, setting in parameters.items():
@@ -68,7 +87,7 @@ def _check_parameters(recipe: Recipe, lines: Lines) -> None:
                 raise ParameterError(f"{line_of((*place, name), lines)}{error}") from None
 
 
-def idle_parameters(recipe: Recipe) -> list[tuple[str, str]]:
+def idle_parameters(recipe: Said) -> list[tuple[str, str]]:
     """Return the parameters that have no effect, each with the method that lacks it.
 
     They belong to other methods. MergeKit ignores them, so that its recipes often have some left over.
@@ -78,7 +97,7 @@ def idle_parameters(recipe: Recipe) -> list[tuple[str, str]]:
     return list(dict.fromkeys((name, methods[0].name) for name, methods in idle))
 
 
-def _all_scopes(recipe: Recipe, lines: Lines) -> list[Scope]:
+def _all_scopes(recipe: Said, lines: Lines) -> list[Scope]:
     """List every place of a recipe where parameters stand, what is said there, and the methods it is said to."""
     main = _method_at(("merge_method",), recipe.merge_method, lines)
     parts = {

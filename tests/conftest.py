@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -47,12 +48,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def llamas(tmp_path_factory) -> dict[str, Path]:
     """A tiny Llama `base` and two fine-tunes `a` and `b`, as complete folders."""
-    root = tmp_path_factory.mktemp("llamas")
+    return save_llamas(tmp_path_factory.mktemp("llamas"), ("a", "b"))
+
+
+def save_llamas(root: Path, fine_tunes: Sequence[str], **config) -> dict[str, Path]:
+    """Save a tiny Llama `base` and fine-tunes of it with tokenizer, generation config and card."""
     torch.manual_seed(0)
-    base = LlamaForCausalLM(small_config())
+    base = LlamaForCausalLM(small_config(**config))
     base.generation_config.max_new_tokens = 5
     folders = {}
-    for seed, name in enumerate(("base", "a", "b")):
+    for seed, name in enumerate(("base", *fine_tunes)):
         model = LlamaForCausalLM(base.config)
         model.generation_config = base.generation_config
         model.load_state_dict(base.state_dict())

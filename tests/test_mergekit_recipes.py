@@ -7,9 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_merge
-from tests.conftest import make_tokenizer, small_config
+from tests.conftest import save_llamas
 
-LAYERS = 8
 RECIPES = {
     "slerp with gradients by filter": """
 slices:
@@ -217,17 +216,7 @@ name: taller
 def stand_ins(tmp_path_factory):
     """A base with eight layers and three fine-tunes."""
     root = tmp_path_factory.mktemp("stand_ins")
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(small_config(num_hidden_layers=LAYERS))
-    for seed, name in enumerate(("base", "a", "b", "c")):
-        generator = torch.Generator().manual_seed(seed)
-        model = LlamaForCausalLM(base.config)
-        model.load_state_dict(base.state_dict())
-        with torch.no_grad():
-            for parameter in model.parameters() if seed else ():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-        model.save_pretrained(root / name)
-        make_tokenizer().save_pretrained(root / name)
+    save_llamas(root, ("a", "b", "c"), num_hidden_layers=8)
     return root
 
 
