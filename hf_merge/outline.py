@@ -22,7 +22,7 @@ TOWERS = {
     "vision_tower": ("vision_tower", "visual", "vision_model", "vision_encoder"),
     "vision_encoder": ("vision_tower", "visual", "vision_model", "vision_encoder"),
     "audio_tower": ("audio_tower", "audio_model", "audio_encoder"),
-    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "connector", "embed_vision"),
+    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "connector", "embed_vision", "visual.merger"),
 }
 """What checkpoints call the parts for which recipes have one word."""
 REST = ("default", "text_decoder", "language_model")
@@ -171,9 +171,7 @@ class Outline:
         if not self.recipe.modules:
             return dict.fromkeys(names, "")
         words = {name: _words(name, part) for name, part in self.recipe.modules.items()}
-        claims: dict[str, str | None] = {
-            tensor: next((name for name, some in words.items() if _begins(tensor, some)), None) for tensor in names
-        }
+        claims = {tensor: _claim(tensor, words) for tensor in names}
         rest = next((name for name in REST if name in words), None)
         claims = {tensor: rest if name is None else name for tensor, name in claims.items()}
         for name in words.keys() - set(claims.values()):
@@ -278,5 +276,11 @@ def _words(name: str, part: Module) -> tuple[str, ...]:
     return (part.prefix,) if part.prefix else TOWERS.get(name, (name,))
 
 
-def _begins(tensor: str, words: Sequence[str]) -> bool:
-    return any(f".{tensor}".find(f".{word.strip('.')}.") >= 0 for word in words)
+def _claim(tensor: str, words: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the module with the longest of its words in a tensor's name; the first of equals."""
+    found = {
+        name: max((len(w) for w in some if f".{w.strip('.')}." in f".{tensor}"), default=0)
+        for name, some in words.items()
+    }
+    best = max(found, key=lambda name: found[name])
+    return best if found[best] else None

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from hf_merge.architecture import vocabulary_names
 from hf_merge.checking import idle_parameters
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
+from hf_merge.findings import Findings
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
 from hf_merge.planning import (
@@ -92,10 +92,8 @@ class _Planner:
         self.dtype = getattr(torch, recipe.out_dtype or recipe.dtype or "", None)
         self.casts: dict[tuple[int, int], _Cast] = {}
         self.matched: set[int] = set()
-        self.lacking: dict[int, list[str]] = {}
-        self.shapes: dict[int, list[str]] = {}
-        self.dtypes: dict[int, list[str]] = {}
-        self.without_base: list[str] = []
+        self.planned: set[str] = set()
+        self.findings = Findings(recipe, self.sources, self.donor)
         for cut in (cut for cuts in self.outline.cuts.values() for cut in cuts):
             self.cast(cut, None)
 
@@ -123,6 +121,7 @@ class _Planner:
 
     def step(self, target: Target) -> Step:
         """Plan one tensor of the output."""
+        self.planned.add(target.name)
         rule = self.recipe.rule_for(target.name)
         self.matched.add(id(rule))
         cast = self.cast(target.cut, rule)
@@ -131,12 +130,12 @@ class _Planner:
         holders = tuple(one for one in cast.inputs if self._has(one, target))
         if len(holders) < len(cast.inputs) and self.recipe.keys != "union":
             for one in set(range(len(cast.inputs))) - {cast.inputs.index(holder) for holder in holders}:
-                self.lacking.setdefault(cast.inputs[one].place, []).append(target.name)
+                self.findings.lacks(cast.inputs[one].place, target.name)
         if len(holders) < cast.method.least or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
             holders = (self._lead(target),)
             cast = _Cast(get_method("passthrough"), holders, None)
         if cast.base and not self._has(cast.base, target):
-            self.without_base.append(target.name)
+            self.findings.lacks_base(target.name)
             cast = _Cast(get_method("linear"), holders, None)
         everyone = [*holders, *([cast.base] if cast.base else [])]
         specs = [self._compare(one, target) for one in everyone]
@@ -173,12 +172,8 @@ class _Planner:
 
     def _compare(self, model: Participant, target: Target) -> TensorSpec:
         """Note where a model's tensor is not what the output needs; return what it is."""
-        found, wanted = self.sources[model.place].specs[target.name_in(model)], target.spec
-        if found.shape != wanted.shape:
-            text = f"{target.name} {list(found.shape)} instead of {list(wanted.shape)}"
-            self.shapes.setdefault(model.place, []).append(text)
-        if found.dtype.is_floating_point != wanted.dtype.is_floating_point:
-            self.dtypes.setdefault(model.place, []).append(f"{target.name} {found.dtype} instead of {wanted.dtype}")
+        found = self.sources[model.place].specs[target.name_in(model)]
+        self.findings.compare(model.place, target.name, found, target.spec)
         return found
 
     def _settings(
@@ -240,13 +235,10 @@ class _Planner:
             ]
             seen.update(map(str, found))
             yield from found
-        for i, source in enumerate(self.sources):
-            yield from self._problems_of_model(i, source)
+        if self.recipe.keys == "intersection":
+            yield from self.findings.dropped([name for name in self.donor.specs if name not in self.planned])
+        yield from self.findings.problems(rearranged=bool(self.outline.stacks))
         yield from (Problem("warning", text) for text in self.outline.warnings)
-        if names := tuple(self.without_base):
-            yield Problem(
-                "warning", "The base lacks tensors; they are the average of the models that have them.", names
-            )
         for name, method in idle_parameters(self.recipe):
             yield Problem("warning", f"'{name}' has no effect: '{method}' has no such parameter.")
         for rule in self.recipe.rules:
@@ -274,50 +266,6 @@ class _Planner:
                 f"'{method.name}' has no base: '{label}' would be one more model, and it has no weight. "
                 "List it under models: with its weight, or drop base_model.",
             )
-
-    def _problems_of_model(self, i: int, source: SourceLike) -> Iterator[Problem]:
-        donor = self.donor.label
-        if names := self.shapes.get(i):
-            yield from self._problems_of_shapes(source, names)
-        if names := self.dtypes.get(i):
-            yield Problem(
-                "error", f"'{source.label}' has floats where '{donor}' has none, or the reverse:", tuple(names)
-            )
-        if names := self.lacking.get(i):
-            yield self._problem_of_lacking(source, tuple(names))
-        extra = tuple(name for name in source.specs if name not in self.donor.specs)
-        if extra and self.recipe.keys == "strict":
-            yield Problem("error", f"'{source.label}' has tensors that '{donor}' lacks, and keys: strict", extra)
-        elif extra and self.recipe.keys != "union" and not self.outline.stacks:
-            yield Problem("warning", f"'{source.label}' has tensors that '{donor}' lacks; they are left out.", extra)
-        kinds = [model.config.get("model_type") for model in (source, self.donor)]
-        if None not in kinds and kinds[0] != kinds[1]:
-            yield Problem("warning", f"'{source.label}' is a '{kinds[0]}' model, '{donor}' a '{kinds[1]}' model.")
-
-    def _problems_of_shapes(self, source: SourceLike, names: Sequence[str]) -> Iterator[Problem]:
-        """Yield other numbers of rows in embeddings and heads, which a tokenizer mends, apart from other shapes."""
-        tables = set(vocabulary_names(self.donor.config, self.donor.specs))
-        wide = {name for name in tables & source.specs.keys()
-                if source.specs[name].shape[1:] == self.donor.specs[name].shape[1:]}  # fmt: skip
-        vocabulary = tuple(text for text in names if text.split(" ")[0] in wide)
-        others = tuple(text for text in names if text not in vocabulary)
-        if vocabulary:
-            fix = "set tokenizer_source: union, base or the model whose tokenizer the result should have."
-            told = f"'{source.label}' has another vocabulary than '{self.donor.label}': {fix}"
-            yield Problem("error", told, vocabulary)
-        if others:
-            fix = "merge models of one architecture and vocabulary, or set them apart by rules:"
-            yield Problem("error", f"'{source.label}' has other shapes than '{self.donor.label}': {fix}", others)
-
-    def _problem_of_lacking(self, source: SourceLike, names: tuple[str, ...]) -> Problem:
-        found = f"'{source.label}' lacks tensors of '{self.donor.label}'"
-        if self.recipe.missing == "error":
-            fix = (
-                f"set missing: base to keep those of '{self.donor.label}', or missing: skip-model to merge without it."
-            )
-            return Problem("error", f"{found}: {fix}", names)
-        done = "kept as they are" if self.recipe.missing == "base" else "merged without it"
-        return Problem("warning", f"{found}; they are {done}.", names)
 
 
 def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:

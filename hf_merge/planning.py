@@ -225,7 +225,8 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
 def _describe(plan: Plan) -> Iterator[str]:
     """Yield the lines of a plan for people."""
     methods = Counter(step.method or "copied, all models agree" for step in plan.steps)
-    yield f"Merge of {len(plan.recipe.merged)} models by {plan.recipe.merge_method}"
+    count = len(plan.recipe.merged)
+    yield f"Merge of {count} model{'s' * (count != 1)} by {plan.recipe.merge_method}"
     rows = {
         "models": ", ".join(map(str, plan.recipe.merged)),
         **(

@@ -95,6 +95,8 @@ def test_keys_choose_the_tensors_of_the_output():
     both = torch.full((2,), 2.0)
     common, union = merged("intersection"), merged("union")
     assert list(common) == ["both"] and common["both"].equal(both)
+    told = hf_merge.plan([{"x": both, "y": both}, {"x": both}], method="linear", keys="intersection").problems
+    assert [(one.severity, one.tensors) for one in told] == [("warning", ("y",))]
     assert list(union) == ["both", "one", "two"] and union["both"].equal(both)
     assert union["one"].equal(torch.ones(3)) and union["two"].equal(torch.full((4,), 5.0))
     with pytest.raises(hf_merge.PlanError, match=r"has tensors that .* lacks, and keys: strict"):

@@ -167,3 +167,30 @@ def test_what_is_wrong_is_said_with_its_line(text, message):
     with pytest.raises(hf_merge.RecipeError) as caught:
         hf_merge.Recipe.from_yaml(f"merge_method: linear\n{text}")
     assert message in str(caught.value)
+
+
+def test_the_longest_word_claims_a_tensor(tmp_path):
+    """In Qwen's checkpoints the projector lies inside of the tower, and the text model has no prefix."""
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+    vision = {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    for i in range(2):
+        torch.manual_seed(i)
+        config = tf.Qwen2VLConfig(text_config={**text, **ids}, vision_config=vision, **ids)
+        tf.Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path / str(i))
+    torch.manual_seed(2)
+    tf.Qwen2ForCausalLM(tf.Qwen2Config(**TEXT, tie_word_embeddings=False)).save_pretrained(tmp_path / "text")
+    models = {name: [str(tmp_path / place) for place in places]
+              for name, places in {"tower": ["1"], "projector": ["0"], "decoder": ["0", "text"]}.items()}  # fmt: skip
+    modules = {
+        "vision_tower": {"models": models["tower"], "merge_method": "passthrough"},
+        "multi_modal_projector": {"models": models["projector"]},
+        "text_decoder": {"models": models["decoder"]},
+    }
+    out = hf_merge.merge({"merge_method": "linear", "modules": modules}, tmp_path / "out").path
+    zero, one, text = weights(tmp_path / "0"), weights(tmp_path / "1"), weights(tmp_path / "text")
+    for name, tensor in weights(out).items():
+        if name.startswith("visual."):
+            assert tensor.equal(zero[name] if "merger" in name else one[name]), name
+        else:
+            assert tensor.equal((zero[name] + text[name]) / 2), name

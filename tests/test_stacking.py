@@ -244,6 +244,17 @@ def test_layers_that_do_not_exist_are_found_by_the_plan(slices, message, pairs):
     assert hf_merge.plan(passthrough(root, slices)).errors[0].text == message.format(root=root)
 
 
+def test_models_of_other_depths_are_told_with_both_depths(pairs, tmp_path):
+    root = pairs("llama")
+    short = hf_merge.merge(passthrough(root, [("0", 0, 3)]), tmp_path / "short").path
+    (problem,) = hf_merge.plan([root / "0", short], method="linear").errors
+    assert problem.text.startswith(f"'{short}' has 3 model.layers.* and '{root}/0' 4: choose layers with slices:")
+    (problem,) = hf_merge.plan([short, root / "0"], method="linear").errors
+    assert problem.text.startswith(f"'{root}/0' has 4 model.layers.* and '{short}' 3: choose layers with slices:")
+    (problem,) = hf_merge.plan([root / "0", short], method="linear", keys="intersection").errors
+    assert "leaves out tensors that config.json needs" in problem.message and "layers.3." in problem.tensors[0]
+
+
 def test_uneven_slices_are_refused(pairs):
     root = pairs("llama")
     sources = [{"model": str(root / "0"), "layer_range": [0, 2]}, {"model": str(root / "1"), "layer_range": [0, 3]}]
