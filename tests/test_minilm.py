@@ -65,3 +65,13 @@ def test_result_is_still_a_sentence_transformer(minilm, tmp_path):
     assert data["library_name"] == "sentence-transformers"
     assert data["pipeline_tag"] == "sentence-similarity"
     assert json.loads((merged.path / "1_Pooling" / "config.json").read_text())
+
+
+def test_stack_of_layers_still_understands(minilm, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    slices = [{"sources": [{"model": str(minilm["base"]), "layer_range": layers}]} for layers in ([0, 4], [2, 6])]
+    merged = hf_merge.merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "m")
+    model = sentence_transformers.SentenceTransformer(str(merged.path), device="cpu")
+    cat, kitten, stocks = model.encode(["a cat sat", "a kitten was sitting", "stock prices fell"])
+    assert model[0].auto_model.config.num_hidden_layers == 8
+    assert model.similarity(cat, kitten) > model.similarity(cat, stocks) + 0.3
