@@ -64,7 +64,7 @@ def make_plan(
         config=config,
         steps=steps,
         shards=_lay_out(specs, max_shard_size, planner.donor.folders),
-        problems=(*problems, *planner.problems(), *doubts),
+        problems=tuple(sorted((*problems, *planner.problems(), *doubts), key=lambda one: one.severity != "error")),
         stacks=planner.outline.stacks,
         bytes_read=sum(planner.bytes_read(step) for step in steps),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
@@ -224,7 +224,7 @@ class _Planner:
         return working_memory(step) + sum(self.sources[one.model].bytes_held(one.name) for one in set(step.reads))
 
     def problems(self) -> Iterator[Problem]:
-        """Yield all that was found, errors first."""
+        """Yield all that was found."""
         yield from (Problem("error", text) for text in self.outline.errors)
         seen: set[str] = set()
         for (_, rule), cast in self.casts.items():

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,35 +72,50 @@ class LoadedTokenizer:
         return template.get("default") if isinstance(template, Mapping) else template
 
 
-def load_tokenizer(source: Source) -> LoadedTokenizer:
+Known = dict[object, LoadedTokenizer]
+"""Tokenizers by the files they were loaded from: most models that are merged have the same."""
+
+
+def load_tokenizer(source: Source, known: Known | None = None) -> LoadedTokenizer:
     """Load the tokenizer of a model.
+
+    Args:
+        source: the model.
+        known: tokenizers that are loaded already; this one is added.
 
     Raises:
         SourceError: it has none, or one that cannot be loaded.
     """
     with scratch_model(source.config) as folder:
         source.write_companions(folder)
-        return load_folder(folder, source.label)
+        return load_folder(folder, source.label, known)
 
 
-def load_folder(folder: Path, label: str) -> LoadedTokenizer:
+def load_folder(folder: Path, label: str, known: Known | None = None) -> LoadedTokenizer:
     """Load the tokenizer of a folder that has a config.json too; see `load_tokenizer`."""
+    known = {} if known is None else known
     files = {str(path.relative_to(folder)): path.read_bytes() for path in tokenizer_files(folder)}
     config, generation = (_content(folder / name) for name in ("config.json", GENERATION))
     if not any(name in _FILES - set(_TEMPLATES) or _PATTERNS.search(name) for name in files):
         raise SourceError(
             f"'{label}' has no tokenizer: save one into its folder, or leave out what is said of tokenizers."
         )
+    key = (config.get("model_type"), tuple(sorted(files.items())))
+    if key not in known:
+        known[key] = LoadedTokenizer(label, _load(folder, label), files, config, generation)
+    return replace(known[key], label=label, config=config, generation=generation)
+
+
+def _load(folder: Path, label: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
         with _compat.quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers and transformers raise anything here, a bare Exception too
         raise SourceError(
             f"The tokenizer of '{label}' cannot be loaded ({_reason(error)}): save it again with this transformers."
         ) from error
-    return LoadedTokenizer(label, tokenizer, files, config, generation)
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from hf_merge.sources.companions import WithCompanions
 from hf_merge.sources.reindexed import Reindexed, Rows
 from hf_merge.tokenization.chat_templates import BUILT_IN, most_common
 from hf_merge.tokenization.ids import ends_of, lost, renumbered, with_vocab_size
-from hf_merge.tokenization.loading import GENERATION, LoadedTokenizer, load_tokenizer, write_template, write_tokenizer
+from hf_merge.tokenization.loading import (
+    GENERATION,
+    Known,
+    LoadedTokenizer,
+    load_tokenizer,
+    write_template,
+    write_tokenizer,
+)
 from hf_merge.tokenization.options import TokenizerOptions
 from hf_merge.types import Ref
 from hf_merge.vocabulary.choice import Choice, choose
@@ -61,7 +68,8 @@ def align_vocabularies(recipe: Recipe, sources: Mapping[Ref, Source], **hub: Any
     config, problems = sources[donor].config, list(differences(sources, donor)) if recipe.vocabulary is None else []
     loaded: dict[Ref, LoadedTokenizer] = {}
     if recipe.vocabulary is not None:
-        loaded = {ref: load_tokenizer(source) for ref, source in sources.items()}
+        known: Known = {}
+        loaded = {ref: load_tokenizer(source, known) for ref, source in sources.items()}
         choice = choose(recipe.vocabulary, loaded, donor, **hub)
         aligned, sizes, found = _reindexed(recipe, recipe.vocabulary, sources, loaded, choice, donor)
         renumber = _renumbering(loaded[donor], choice.tokenizer)

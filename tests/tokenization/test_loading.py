@@ -77,3 +77,16 @@ def test_writing_replaces_all_that_was_there(folder, tmp_path):
         "weights.safetensors",
     ]
     assert AutoTokenizer.from_pretrained(old).chat_template == "{{ messages }}"
+
+
+def test_equal_files_are_loaded_once(folder, monkeypatch, tmp_path):
+    other = tmp_path / "other"
+    PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe(ENGLISH, 320)).save_pretrained(other)
+    calls, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda path, **words: calls.append(path) or load(path, **words)
+    )
+    known = {}
+    a, b, c = (load_folder(path, str(i), known) for i, path in enumerate((folder, folder, other)))
+    assert len(calls) == 2 and a.tokenizer is b.tokenizer and c.tokenizer is not a.tokenizer
+    assert (a.label, b.label) == ("0", "1") and b.generation == {"eos_token_id": 2} and c.generation == {}
