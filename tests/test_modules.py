@@ -6,6 +6,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import hf_merge
+from tests.conftest import make_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 TEXT = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
@@ -194,3 +195,25 @@ def test_the_longest_word_claims_a_tensor(tmp_path):
             assert tensor.equal(zero[name] if "merger" in name else one[name]), name
         else:
             assert tensor.equal((zero[name] + text[name]) / 2), name
+
+
+def test_language_model_with_more_tokens_joins_a_model_that_sees(tmp_path):
+    vision = tf.CLIPVisionConfig(**SIZES, num_hidden_layers=2, image_size=32, patch_size=16).to_dict()
+    config = tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT).to_dict(), vision_config=vision, image_token_index=3)
+    tokenizer = make_tokenizer()
+    tf.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
+    tokenizer.save_pretrained(tmp_path / "vlm")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, "vocab_size": 66})).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    models = [str(tmp_path / name) for name in ("vlm", "llm")]
+    recipe = {"merge_method": "linear", "models": models, "missing": "base"}
+    assert "has another vocabulary" in hf_merge.plan(recipe).errors[0].text
+    out = hf_merge.merge({**recipe, "tokenizer_source": "union"}, tmp_path / "out").path
+    model, info = tf.LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.config.text_config.vocab_size == len(tf.AutoTokenizer.from_pretrained(out)) == 66
+    written, seeing, text = weights(out), weights(tmp_path / "vlm"), weights(tmp_path / "llm")
+    rows, name = written["language_model.model.embed_tokens.weight"], "model.embed_tokens.weight"
+    assert rows[64:].equal(text[name][64:])
+    assert rows[:64].equal((seeing[f"language_model.{name}"] + text[name][:64]) / 2)
