@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,12 @@ CARD = "README.md"
 MAX_ITEMS = 200
 """Of a list; the longest list of languages on real cards has about 180."""
 
-_WANTED = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "datasets",
-    "base_model",
-    "base_model_relation",
-    "tags",
-)
+_WANTED = {
+    "license", "license_name", "license_link", "language", "datasets", "base_model", "base_model_relation", "tags"
+}  # fmt: skip
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-_BLOCK = re.compile(r"^(?=[^\s#-])", re.MULTILINE)
+_BLOCK = re.compile(r"^(?=[A-Za-z_][\w -]*:)", re.MULTILINE)
+_ODD_LINE = re.compile(r"^(?![A-Za-z_][\w -]*:|[#\]}-])(?=\S)", re.MULTILINE)
 _LANGUAGE = re.compile(r"[a-zA-Z]{2,3}(-[a-zA-Z0-9]{1,8}){0,3}|code|multilingual")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,95}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .+_()-]{0,95}")
@@ -79,10 +73,10 @@ def _front_matter(path: Path) -> str | None:
         return None
     if found is None:
         return None
+    if _ODD_LINE.search(found[1]):
+        return found[1]
     blocks = _BLOCK.split(found[1])
-    plain = not any(block.startswith(("{", '"', "'", "?", "!", "&", "*")) for block in blocks)
-    wanted = [block for block in blocks if block.partition(":")[0].rstrip() in _WANTED]
-    return "".join(block if block.endswith("\n") else block + "\n" for block in wanted) if plain else found[1]
+    return "\n".join(block.rstrip("\n") for block in blocks if block.partition(":")[0].rstrip() in _WANTED)
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -105,8 +99,8 @@ def _licences(value: Any) -> list[str] | None:
     if value is None or value == []:
         return None
     said = value if isinstance(value, list) else [value]
-    well: Callable[[Any], bool] = lambda one: isinstance(one, str) and bool(_ID.fullmatch(one.strip()))  # noqa: E731
-    read = [one.strip().lower() if well(one) else _UNREADABLE for one in said[:MAX_ITEMS]]
+    words = [one.strip().lower() if isinstance(one, str) else "" for one in said[:MAX_ITEMS]]
+    read = [word if _ID.fullmatch(word) else _UNREADABLE for word in words]
     return list(dict.fromkeys([*read, *([_UNREADABLE] if len(said) > MAX_ITEMS else [])]))
 
 
