@@ -19,6 +19,7 @@ from hf_merge.sources import Source
 from hf_merge.tokenization.chat_templates import BUILT_IN
 from hf_merge.types import InMemory, ModelRef, Ref
 
+_NO_MARKUP = str.maketrans({"`": "'", "|": "/", "\n": " "})
 _LIBRARIES = ("hf_merge", "torch", "transformers", "safetensors")
 
 
@@ -174,7 +175,7 @@ def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str
 
 
 def _link(model: Ref, part: Source) -> str:
-    return _hub_link(part.public_id) if part.public_id else f"`{_local_name(model)}`"
+    return _hub_link(part.public_id) if part.public_id else f"`{_local_name(model).translate(_NO_MARKUP)}`"
 
 
 def _hub_link(public_id: str) -> str:

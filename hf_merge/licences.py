@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -26,12 +26,17 @@ class Licence:
     """
 
     id: str
-    name: str
+    name: str = field(compare=False)
     terms: tuple[str, ...] = ("agreement",)
     becomes: tuple[str, ...] = ()
     refuses: tuple[str, ...] = ()
     asks: str = ""
     place: int = -1
+
+    @property
+    def word(self) -> str:
+        """How sentences call it."""
+        return self.id if self.place >= 0 else self.name
 
     @property
     def binds(self) -> bool:
@@ -114,8 +119,8 @@ def strictest(licences: Iterable[Claim | str | None]) -> Verdict:
     chosen = fitting[-1]
     if chosen.place >= 0:
         return Verdict(chosen.id, known=tuple(parents))
-    claim = next(claim for claim, licence in found.items() if licence == chosen)
-    return Verdict(OTHER, claim.name, claim.link, known=tuple(parents))
+    links = {claim.link for claim, licence in found.items() if licence == chosen and claim.link}
+    return Verdict(OTHER, chosen.name, links.pop() if len(links) == 1 else None, known=tuple(parents))
 
 
 def known(claim: Claim) -> Licence | None:
@@ -127,7 +132,7 @@ def known(claim: Claim) -> Licence | None:
     word, name = (claim.id or "").strip().lower(), (claim.name or "").strip()
     if word != OTHER:
         return table.licences.get(table.spellings.get(word, word))
-    if not name:
+    if not name or name.lower() in table.nameless:
         return None
     named = table.licences.get(name.lower())
     return named if named and named.binds else Licence(f"{OTHER}: {name.lower()}", name)
@@ -137,14 +142,14 @@ def _conflicts(parents: Sequence[Licence]) -> Iterable[str]:
     """Say which pairs of licences no single id stands for, and which licences allow no merge."""
     closed = [one for one in parents if "no-derivatives" in one.terms]
     for one in closed:
-        yield f"{one.id} allows no changed version to be passed on, and a merge is one"
+        yield f"{one.word} allows no changed version to be passed on, and a merge is one"
     open_ = [one for one in parents if one not in closed]
     fits = {(a.id, b.id): any(a.permits(c) and b.permits(c) for c in (a, b)) for a in open_ for b in open_}
     apart = [(a, b) for i, a in enumerate(open_) for b in open_[i + 1 :] if not fits[a.id, b.id]]
     for a, b in apart:
-        yield f"no licence here stands for both {a.id} and {b.id}"
+        yield f"no licence here stands for both {a.word} and {b.word}"
     if not closed and not apart and not any(all(p.permits(one) for p in open_) for one in open_) and open_:
-        yield f"no licence here stands for all of {', '.join(one.id for one in open_)}"
+        yield f"no licence here stands for all of {', '.join(one.word for one in open_)}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class _Table:
 
     licences: dict[str, Licence]
     spellings: dict[str, str]
+    nameless: frozenset[str]
     words: dict[str, str]
     binding: frozenset[str]
 
@@ -167,4 +173,6 @@ def _table() -> _Table:
         )
         for place, (key, facts) in enumerate(data["licences"].items())
     }  # fmt: skip
-    return _Table(licences, data["spellings"], data["terms"], frozenset(data["binding"]))
+    return _Table(
+        licences, data["spellings"], frozenset(data["nameless"]), data["terms"], frozenset(data["binding"])
+    )  # fmt: skip

@@ -75,7 +75,7 @@ def licence_in_words(parts: Sequence[Part], verdict: Verdict) -> list[str]:
     """Say what the licences of the parts are, and what follows."""
     told = [_terms(licence, _holders(parts, licence)) for licence in verdict.known]
     told += [f"The licence of {name} is unknown: {reason}." for name, _, reason in _unknown(parts)]
-    told += [f"They do not go together: {conflict}." for conflict in verdict.conflicts]
+    told += [f"In conflict: {conflict}." for conflict in verdict.conflicts]
     if verdict.licence is None:
         told.append("So the licence of this merge is unknown, and this card names none: ask before you pass it on.")
     elif verdict.conflicts:
@@ -134,5 +134,5 @@ def _reason(part: Source, claim: Claim) -> str:
     if claim.id is None:
         return "its card names none"
     if claim.id == OTHER:
-        return "its card says `other` without a name"
+        return "its card says `other`, and no name that tells which"
     return f"its card says `{claim.id}`, which stands for no licence"

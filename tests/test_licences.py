@@ -7,6 +7,7 @@ import pytest
 from hf_merge.licences import Claim, _table, strictest
 
 QWEN = Claim("other", "qwen", "https://huggingface.co/Qwen/Qwen2.5-72B/blob/main/LICENSE")
+NOTHING = [None, "", "unknown", "other", "cc", "mit or apache", Claim("other", " "), Claim("other", "Custom")]
 
 
 @pytest.mark.parametrize(
@@ -55,11 +56,14 @@ def test_licences_in_conflict_are_other_and_named(licences):
     for order in itertools.permutations(licences):
         verdict = strictest(order)
         assert verdict.licence == "other" and verdict.name is verdict.link is None and not verdict.unknown
-        bound = [one.id for one in verdict.known if one.binds]
+        bound = [one.word for one in verdict.known if one.binds]
         assert all(any(word in told for told in verdict.conflicts) for word in bound)
 
 
-@pytest.mark.parametrize("nothing", [None, "", "unknown", "other", "cc", "free", "mit or apache", Claim("other", " ")])
+@pytest.mark.parametrize(
+    "nothing",
+    [None, "", "unknown", "other", "cc", "free", "mit or apache", Claim("other", " "), Claim("other", "Custom")],
+)
 @pytest.mark.parametrize("beside", [[], ["mit"], ["gemma"], ["apache-2.0", "llama3.1"]])
 def test_what_is_unknown_stays_unknown_whatever_it_is_beside(nothing, beside):
     verdict = strictest([*beside, nothing])
@@ -79,6 +83,8 @@ def test_conflicts_are_told_beside_what_is_unknown():
 def test_a_named_licence_keeps_its_name_and_link_among_permissive_ones():
     verdict = strictest(["apache-2.0", QWEN, "mit"])
     assert (verdict.licence, verdict.name, verdict.link) == ("other", "qwen", QWEN.link)
+    elsewhere = strictest([QWEN, Claim("other", "Qwen", "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE")])
+    assert (elsewhere.licence, elsewhere.name.lower(), elsewhere.link) == ("other", "qwen", None)
 
 
 def test_a_permissive_name_beside_other_is_not_believed():
