@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 OTHER = "other"
@@ -73,9 +74,6 @@ class Claim:
     name: str | None = None
     link: str | None = None
 
-    def __str__(self) -> str:
-        return f"{self.id}: {self.name}" if self.name else self.id or "nothing"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -110,10 +108,10 @@ def strictest(licences: Iterable[Claim | str | None]) -> Verdict:
     found = {claim: known(claim) for claim in claims}
     unknown = tuple(claim for claim, licence in found.items() if licence is None)
     parents = sorted({one for one in found.values() if one}, key=lambda one: (one.place, one.id))
-    conflicts = tuple(_conflicts(parents))
-    if unknown or not claims:
-        return Verdict(None, known=tuple(parents), unknown=unknown or (Claim(),), conflicts=conflicts)
     fitting = [one for one in parents if all(parent.permits(one) for parent in parents)]
+    conflicts = () if fitting else tuple(_conflicts(parents))
+    if unknown or not claims:
+        return Verdict(None, known=tuple(parents), unknown=unknown, conflicts=conflicts)
     if not fitting:
         return Verdict(OTHER, known=tuple(parents), conflicts=conflicts)
     chosen = fitting[-1]
@@ -138,18 +136,15 @@ def known(claim: Claim) -> Licence | None:
     return named if named and named.binds else Licence(f"{OTHER}: {name.lower()}", name)
 
 
-def _conflicts(parents: Sequence[Licence]) -> Iterable[str]:
-    """Say which pairs of licences no single id stands for, and which licences allow no merge."""
+def _conflicts(parents: Sequence[Licence]) -> list[str]:
+    """Say which licences allow no merge, and which pairs no licence stands for, of parents that none stands for."""
     closed = [one for one in parents if "no-derivatives" in one.terms]
-    for one in closed:
-        yield f"{one.word} allows no changed version to be passed on, and a merge is one"
-    open_ = [one for one in parents if one not in closed]
-    fits = {(a.id, b.id): any(a.permits(c) and b.permits(c) for c in (a, b)) for a in open_ for b in open_}
-    apart = [(a, b) for i, a in enumerate(open_) for b in open_[i + 1 :] if not fits[a.id, b.id]]
-    for a, b in apart:
-        yield f"no licence here stands for both {a.word} and {b.word}"
-    if not closed and not apart and not any(all(p.permits(one) for p in open_) for one in open_) and open_:
-        yield f"no licence here stands for all of {', '.join(one.word for one in open_)}"
+    told = [f"{one.word} allows no changed version to be passed on, and a merge is one" for one in closed]
+    pairs = combinations([one for one in parents if one not in closed], 2)
+    apart = [(a, b) for a, b in pairs if not (a.permits(b) or b.permits(a))]
+    told += [f"no licence here stands for both {a.word} and {b.word}" for a, b in apart]
+    together = f"no licence here stands for all of {', '.join(one.word for one in parents)}"
+    return told or ([together] if parents else [])
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ def test_norwegian_without_quotes_is_a_language(models, tmp_path):
     assert data["language"] == ["no", "en"] and data["license"] == "mit"
 
 
+def test_words_that_are_empty_say_nothing(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: ['', ~, true]\nlicense_link: ''\n---\n")
+    assert read_card(tmp_path, "org/a").to_dict() == {"license": ["mit"]}
+
+
 def test_named_licence_keeps_its_name_and_link(models, tmp_path):
     link = "https://huggingface.co/Qwen/Qwen2.5-72B/blob/main/LICENSE"
     a = front(license="other", license_name="qwen", license_link=link)

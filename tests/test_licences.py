@@ -75,6 +75,12 @@ def test_no_parents_is_unknown():
     assert strictest([]).licence is None
 
 
+def test_conflict_of_two_that_a_third_resolves_is_none():
+    for more in ([], [None]):
+        assert not strictest(["cc-by-nc-3.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-4.0", *more]).conflicts
+    assert strictest(["cc-by-nc-3.0", "cc-by-nc-sa-2.0"]).conflicts
+
+
 def test_conflicts_are_told_beside_what_is_unknown():
     verdict = strictest(["llama2", "llama3", None])
     assert verdict.licence is None and verdict.conflicts and verdict.unknown

@@ -24,7 +24,8 @@ class Source(Mapping[str, Tensor]):
         revision: the commit that was read, for a model on the Hub.
         parents: the models it is made of, if it is itself the result of a merge.
         folders: of further modules with weights of their own; their tensors are named `2_Dense/linear.weight`.
-        card_data: what the card beside it says, as far as it is well formed; None if it has none.
+        card_data: what the card beside it says, as far as it is well formed; None if it has none. An adapter has one
+            of its own, and so has each model of a merge: ask the `parts`.
         shared: names whose values are those of another, stored once: the other.
     """
 

@@ -52,11 +52,12 @@ def read_card(folder: Path, public_id: str | None = None) -> ModelCardData | Non
         said = load_documents(text, CARD)[0][0] if text else {}
     except (RecipeError, RecursionError):
         return ModelCardData(license=[_UNREADABLE])  # type: ignore[arg-type]
+    languages = ["no" if one is False else one for one in _several(said.get("language"))]  # YAML's no is Norwegian
     return ModelCardData(
         license=_licences(said.get("license")),  # type: ignore[arg-type]
         license_name=next(_matching(_NAME, said.get("license_name")), None),
         license_link=_link(said.get("license_link"), public_id),
-        language=_listed(_matching(_LANGUAGE, said.get("language"))),
+        language=_listed(_matching(_LANGUAGE, languages)),
         datasets=_listed(filter(_is_repo, _words(said.get("datasets")))),
         base_model=_listed(filter(_is_repo, _words(said.get("base_model")))),
         base_model_relation=next(_matching(_ID, said.get("base_model_relation")), None),
@@ -80,10 +81,12 @@ def _front_matter(path: Path) -> str | None:
 
 
 def _words(value: Any) -> Iterator[str]:
-    """Yield what is text, of one value or a list; YAML reads Norwegian (`no`) as false."""
-    for one in (value if isinstance(value, list) else [value])[:MAX_ITEMS]:
-        if one is False or isinstance(one, str):
-            yield one.strip() if one else "no"
+    """Yield what is text, of one value or a list."""
+    return (one.strip() for one in _several(value)[:MAX_ITEMS] if isinstance(one, str))
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _matching(pattern: re.Pattern[str], value: Any) -> Iterator[str]:
@@ -98,7 +101,7 @@ def _licences(value: Any) -> list[str] | None:
     """Return what stands for licences, each as an id or as `unreadable`; nothing if nothing is said."""
     if value is None or value == []:
         return None
-    said = value if isinstance(value, list) else [value]
+    said = _several(value)
     words = [one.strip().lower() if isinstance(one, str) else "" for one in said[:MAX_ITEMS]]
     read = [word if _ID.fullmatch(word) else _UNREADABLE for word in words]
     return list(dict.fromkeys([*read, *([_UNREADABLE] if len(said) > MAX_ITEMS else [])]))
