@@ -22,6 +22,7 @@ from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError
 from hf_merge.execute import execute
 from hf_merge.lazy import LazyMerge
+from hf_merge.lineage import licence_problems, parts_of
 from hf_merge.placement import DeviceMap, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
@@ -209,7 +210,8 @@ def _prepare(
         problems += [replace(problem, message=f"In '{stage.name}': {problem.message}") for problem in made.problems]
         opened[ModelRef(path=str(stage.name))] = LazyMerge(made, list(sources.values()), str(stage.name))
     sources, found = _open(loaded, opened, hub)
-    made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=(*problems, *found))
+    problems += [*found, *licence_problems(parts_of([*sources.values()]))]
+    made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=problems)
     return place(made, device_map), list(sources.values())
 
 

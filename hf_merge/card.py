@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_merge import _compat
+from hf_merge.licences import Verdict
+from hf_merge.lineage import Part, base_models, inherited, licence_column, licence_in_words, licence_of, made_from
 from hf_merge.method import get_method
 from hf_merge.planning import Plan
 from hf_merge.recipe import Recipe
@@ -17,6 +19,7 @@ from hf_merge.sources import Source
 from hf_merge.tokenization.chat_templates import BUILT_IN
 from hf_merge.types import InMemory, ModelRef, Ref
 
+_NO_MARKUP = str.maketrans({"`": "'", "|": "/", "\n": " "})
 _LIBRARIES = ("hf_merge", "torch", "transformers", "safetensors")
 
 
@@ -40,21 +43,23 @@ def merged_card(
         template: path of a Jinja template to use instead of merged.md.
     """
     by_model = dict(zip(plan.models, sources, strict=True))
-    originals = [source for _, source in original_models(by_model)]
-    recipe = public_recipe(plan.recipe, by_model)
+    parts = _parts(by_model)
+    verdict = licence_of(parts)
     config = plan.config
     is_sentence_transformer = "modules.json" in files
     return ModelCard.from_template(
-        _card_data(originals, config, is_sentence_transformer=is_sentence_transformer),
+        _card_data(parts, verdict, config, is_sentence_transformer=is_sentence_transformer),
         template_path=str(template or template_folder() / "merged.md"),
         name=name,
         method=get_method(plan.recipe.merge_method),
         models=_rows(plan, by_model),
         merged_count=len(plan.recipe.merged),
-        notes=_notes(plan),
-        recipe=recipe.to_yaml(),
+        notes=[*_notes(plan), *_lineage(parts)],
+        licence=licence_in_words(parts, verdict),
+        limits=_limits(plan.recipe, parts),
+        recipe=public_recipe(plan.recipe, by_model).to_yaml(),
         how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
-        has_local_models=any(part.public_id is None for source in originals for part in source.parts),
+        has_local_models=any(part.public_id is None for _, part in parts),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
     )
@@ -101,6 +106,10 @@ def _refs(model: ModelRef) -> list[ModelRef]:
     return [model.with_lora(None), *([model.lora] if model.lora else [])]
 
 
+def _single_refs(model: Ref) -> list[Any]:
+    return [model] if isinstance(model, InMemory) else _refs(model)
+
+
 def _local_name(model: Ref) -> str:
     """The last part of a path says what it is; the rest says whose machine it was on."""
     if isinstance(model, InMemory):
@@ -108,13 +117,28 @@ def _local_name(model: Ref) -> str:
     return "+".join(Path(ref.path).resolve().name for ref in _refs(model))
 
 
-def _card_data(sources: Sequence[Source], config: Mapping[str, Any], *, is_sentence_transformer: bool) -> ModelCardData:
-    public = list(dict.fromkeys(part.public_id for source in sources for part in source.parts if part.public_id))
+def _parts(sources: Mapping[Ref, Source]) -> list[Part]:
+    """List the models and adapters that everything is made of, each once, as links."""
+    found: dict[int, Part] = {}
+    for model, source in original_models(sources):
+        for ref, part in zip(_single_refs(model), source.parts, strict=True):
+            found.setdefault(id(part), (_link(ref, part), part))
+    return [*found.values()]
+
+
+def _card_data(
+    parts: Sequence[Part], verdict: Verdict, config: Mapping[str, Any], *, is_sentence_transformer: bool
+) -> ModelCardData:
     architecture = next(iter(config.get("architectures") or ()), None)
     tag = "sentence-similarity" if is_sentence_transformer else architecture and _compat.pipeline_tag(architecture)
     library = "sentence-transformers" if is_sentence_transformer else "transformers" if config else None
     return ModelCardData(
-        base_model=public or None,
+        license=verdict.licence,
+        license_name=verdict.name,
+        license_link=verdict.link,
+        language=inherited(parts, "language"),
+        datasets=inherited(parts, "datasets"),
+        base_model=base_models(parts),
         base_model_relation="merge",
         library_name=library,
         pipeline_tag=tag,
@@ -132,9 +156,8 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
             rows.append(_row(model, source, role))
             continue
         stage = next(stage for stage in plan.recipe.stages if stage.name == str(model))
-        rows.append(
-            {"link": f"stage `{model}`", "role": f"{role}; itself a merge by {stage.merge_method} of", "revision": ""}
-        )
+        told = f"{role}; itself a merge by {stage.merge_method} of"
+        rows.append({"link": f"stage `{model}`", "role": told, "revision": "", "licence": ""})
         rows += [
             _row(parent, origin, f"in `{model}`", indent="&nbsp;&nbsp;") for parent, origin in source.parents.items()
         ]
@@ -144,16 +167,40 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
 def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str, Any]:
     """Link a model, and its adapter if it has one."""
     if source.parents:
-        return {"link": f"{indent}`{model}`", "role": role, "revision": ""}
-    refs = [model] if isinstance(model, InMemory) else _refs(model)
-    links = [_link(ref, part) for ref, part in zip(refs, source.parts, strict=True)]
-    revisions = [part.revision for part in source.parts if part.revision]
-    return {"link": indent + " + ".join(links), "role": role, "revision": ", ".join(revisions)}
+        return {"link": f"{indent}`{model}`", "role": role, "revision": "", "licence": ""}
+    links = [_link(ref, part) for ref, part in zip(_single_refs(model), source.parts, strict=True)]
+    revision = ", ".join(part.revision for part in source.parts if part.revision)
+    licence = " + ".join(licence_column(part) for part in source.parts)
+    return {"link": indent + " + ".join(links), "role": role, "revision": revision, "licence": licence}
 
 
 def _link(model: Ref, part: Source) -> str:
-    public = part.public_id
-    return f"[{public}](https://huggingface.co/{public})" if public else f"`{_local_name(model)}`"
+    return _hub_link(part.public_id) if part.public_id else f"`{_local_name(model).translate(_NO_MARKUP)}`"
+
+
+def _hub_link(public_id: str) -> str:
+    return f"[{public_id}](https://huggingface.co/{public_id})"
+
+
+def _lineage(parts: Sequence[Part]) -> list[str]:
+    """Say which models are merges themselves, and of what."""
+    merges = [(name, [_hub_link(one) for one in made_from(part)]) for name, part in parts]
+    return [f"{name} is itself a merge, by its card made from {', '.join(links)}." for name, links in merges if links]
+
+
+def _limits(recipe: Recipe, parts: Sequence[Part]) -> list[str]:
+    """Say what was not checked."""
+    told = [
+        "The merge was not run and not evaluated: results of its models do not hold for it, and neither do tests of "
+        "their safety.",
+        "Licences, languages, datasets and what the models were made from are what the front matter of their cards "
+        "says. Whether that is so, and what the licences of data and tokenizers ask, was not checked.",
+    ]
+    if any(part.revision is None for _, part in parts):
+        told.append("Models without a revision were read where they lay: nothing here pins what was in them.")
+    if recipe.allow_nonfinite:
+        told.append("NaN and Inf were let pass, so that the weights may hold some.")
+    return told
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -27,7 +27,7 @@ def test_wheel_holds_templates_types_and_licence(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "hf_merge/model_card_templates/merged.md" in names and "hf_merge/py.typed" in names
+    assert {f"hf_merge/{name}" for name in ("model_card_templates/merged.md", "licences.toml", "py.typed")} <= {*names}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests")]
 

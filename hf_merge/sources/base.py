@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from hf_merge.types import Ref, TensorSpec
@@ -23,6 +24,8 @@ class Source(Mapping[str, Tensor]):
         revision: the commit that was read, for a model on the Hub.
         parents: the models it is made of, if it is itself the result of a merge.
         folders: of further modules with weights of their own; their tensors are named `2_Dense/linear.weight`.
+        card_data: what the card beside it says, as far as it is well formed; None if it has none. An adapter has one
+            of its own, and so has each model of a merge: ask the `parts`.
         shared: names whose values are those of another, stored once: the other.
     """
 
@@ -33,6 +36,7 @@ class Source(Mapping[str, Tensor]):
     revision: str | None = None
     parents: Mapping[Ref, Source] = {}
     folders: tuple[str, ...] = ()
+    card_data: ModelCardData | None = None
     shared: Mapping[str, str] = {}
 
     @abstractmethod

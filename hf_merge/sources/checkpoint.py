@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_merge.errors import SourceError, shown
 from hf_merge.sources.base import Source, stored_once
+from hf_merge.sources.cards import read_card
 from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -30,6 +32,7 @@ _WEIGHTS = {".safetensors", *PICKLES, ".h5", ".msgpack", ".ot", ".onnx", ".onnx_
 _NOT_COMPANIONS = {"README.md", "config.json", "hf_merge_recipe.yaml", "mergekit_config.yml", "trainer_state.json"}
 _OTHER_FORMATS = {"onnx", "openvino", "coreml"}
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_USUAL_STEMS = {"model", "pytorch_model", "adapter_model"}  # beside these, README.md is the card
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 
@@ -164,6 +167,11 @@ class Checkpoint(Source):
     def config(self) -> Mapping[str, Any]:  # type: ignore[override]
         path = self.path / "config.json"
         return _checked_config(read_object(path), path) if path.is_file() else {}
+
+    @cached_property
+    def card_data(self) -> ModelCardData | None:  # type: ignore[override]
+        alone = self.path.is_file() and self.path.stem not in _USUAL_STEMS
+        return None if alone else read_card(self.path.parent if self.path.is_file() else self.path, self.public_id)
 
     def fingerprint(self) -> str:
         """Sizes and times of the files, or the commit."""

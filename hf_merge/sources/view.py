@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from hf_merge.sources.base import Source
@@ -77,6 +78,10 @@ class View(Source):
     @cached_property
     def config(self) -> Mapping[str, Any]:  # type: ignore[override]
         return self.source.config
+
+    @cached_property
+    def card_data(self) -> ModelCardData | None:  # type: ignore[override]
+        return self.source.card_data
 
     def fingerprint(self) -> str | None:
         return self.source.fingerprint()
