@@ -191,6 +191,8 @@ def application(store: Store, url: str) -> ASGIApp:
         ("POST", "/api/validate-yaml", api.validate_yaml),
         ("POST", "/api/repos/create", api.create),
         ("DELETE", "/api/repos/delete", api.delete),
+        ("GET", "/api/models/{name}", api.info),
+        ("GET", f"/api/models/{{name}}/revision/{rev}", api.info),
         ("GET", model, api.info),
         ("GET", f"{model}/revision/{rev}", api.info),
         ("GET", f"{model}/tree/{rev}", api.tree),
@@ -461,7 +463,8 @@ class Api:
 
 
 def _id(request: Request) -> str:
-    return f"{request.path_params['ns']}/{request.path_params['name']}"
+    """Return the id that a path names; the oldest models have no namespace."""
+    return "/".join(request.path_params[part] for part in ("ns", "name") if part in request.path_params)
 
 
 def _revision(request: Request) -> str:

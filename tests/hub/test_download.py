@@ -1,0 +1,176 @@
+"""hf_merge takes models from the Hub: commits are pinned, refusals are one sentence, and no token gets out."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.hub.conftest import Account
+from tests.hub.server import Fault
+from tests.hub.store import Blob
+
+pytestmark = pytest.mark.e2e
+
+HOW_TO_PASS = "(--token, token=, HF_TOKEN or `hf auth login`)."
+REFUSED = """
+import hf_merge
+def told(*models, **more):
+    try:
+        hf_merge.merge(list(models), out, method="linear", **more)
+    except hf_merge.MergeError as error:
+        return [type(error).__name__, str(error)]
+"""
+
+
+def error_line(stderr: str) -> str:
+    """Return what the command line said last, without colours."""
+    assert "Traceback" not in stderr and stderr.count("Error: ") == 1, stderr
+    return re.sub("\x1b\\[[0-9;]*m", "", stderr).strip().splitlines()[-1]
+
+
+def weights(folder: Path) -> str:
+    """Return a digest of the tensors of a merged model, without the header's metadata."""
+    content = (folder / "model.safetensors").read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def holds(folder: Path, *secrets: str) -> list[Path]:
+    """Return the files that hold one of these texts."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)]
+
+
+def test_models_by_id_and_by_revision_are_pinned_and_merge_again_to_the_same(account: Account, llamas, tmp_path):
+    org, first = account.name, account.put("a", llamas["a"]).commit("main").sha
+    other = account.put("b", llamas["b"])
+    other.refs["refs/heads/next/one"] = second = other.commit("main")
+    other.add("main", {**second.files, "model.safetensors": Blob(b"another", large=True)}, "moved on", org)
+    recipe = tmp_path / "recipe.yaml"
+    models = [{"model": f"{org}/a"}, {"model": f"{org}/b@next/one"}]
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    done = account.cli("merge", recipe, tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    written = yaml.safe_load((tmp_path / "m" / "hf_merge_recipe.yaml").read_text())
+    pinned = [f"{org}/a@{first}", f"{org}/b@{second.sha}"]
+    assert [each["model"] for each in written["models"]] == pinned
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert first in card and second.sha in card and all(name in card for name in pinned)
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == [f"{org}/a", f"{org}/b"]
+    local = account.cli("merge", "--method", "linear", llamas["a"], llamas["b"], tmp_path / "local")
+    assert local.returncode == 0 and weights(tmp_path / "local") == weights(tmp_path / "m")
+
+    other.refs["refs/heads/next/one"] = other.commit("main")
+    asked = len(account.hub.log)
+    again = account.cli("merge", tmp_path / "m" / "hf_merge_recipe.yaml", tmp_path / "again", "--local-files-only")
+    assert again.returncode == 0 and weights(tmp_path / "again") == weights(tmp_path / "m"), again.stderr
+    planned = account.cli("plan", "--method", "linear", *pinned, "--json", HF_HUB_OFFLINE="1")
+    assert planned.returncode == 0 and len(json.loads(planned.stdout)["tensors"]) == 30
+    assert len(account.hub.log) == asked
+
+
+def test_a_private_model_and_a_gated_one_merge_with_a_token_that_no_file_keeps(account: Account, llamas, tmp_path):
+    account.put("private", llamas["a"], private=True)
+    account.put("gated", llamas["b"], gated=True, granted={account.name})
+    names = [f"{account.name}/private", f"{account.name}/gated"]
+    said = account.cli("merge", "--method", "linear", *names, tmp_path / "flag", "--token", account.read)
+    known = account.cli("merge", "--method", "linear", *names, tmp_path / "known", token=account.read)
+    assert said.returncode == known.returncode == 0, said.stderr + known.stderr
+    assert weights(tmp_path / "flag") == weights(tmp_path / "known")
+    assert not holds(tmp_path, account.read)
+    assert account.read not in said.stdout + said.stderr + known.stdout + known.stderr
+
+
+def test_the_command_line_refuses_in_one_line(account: Account, llamas, tmp_path):
+    account.put("gated", llamas["b"], gated=True)
+    call = ("merge", "--method", "linear", llamas["a"], f"{account.name}/gated", tmp_path / "m")
+    done = account.cli(*call, "--token", account.stranger)
+    assert done.returncode == 1 and done.stdout == ""
+    page = f"{account.hub.url}/{account.name}/gated"
+    assert error_line(done.stderr) == (
+        f"Error: '{account.name}/gated' is gated: accept its conditions at {page}, "
+        f"and pass a token of the account that did {HOW_TO_PASS}"
+    )
+    planned = account.cli("plan", "--method", "linear", f"{account.name}/nothing", llamas["a"], token=account.read)
+    assert planned.returncode == 1 and planned.stdout == ""
+    assert error_line(planned.stderr).startswith(f"Error: There is no folder '{account.name}/nothing', and on the Hub")
+    assert account.stranger not in done.stderr and account.read not in planned.stderr
+    assert not (tmp_path / "m").exists() and not holds(tmp_path, account.stranger, account.read)
+
+
+def test_every_refusal_says_what_to_do_and_nothing_is_written(account: Account, llamas, tmp_path):
+    org, url = account.name, account.hub.url
+    account.put("a", llamas["a"])
+    account.put("private", llamas["a"], private=True)
+    account.put("gated", llamas["a"], gated=True)
+    hidden = "and on the Hub no such model that you may see: check the name, or if it is private pass a token"
+    uncached = "and no whole model of that name in the cache, and local_files_only forbids to ask the Hub"
+    cases = {
+        "private": ({}, f"There is no folder '{org}/private', {hidden} that may read it {HOW_TO_PASS}"),
+        "private ": ({"token": account.stranger}, f"There is no folder '{org}/private', {hidden}"),
+        "gated": ({}, f"'{org}/gated' is gated: accept its conditions at {url}/{org}/gated, and pass a token of"),
+        "gated ": ({"token": account.stranger}, f"'{org}/gated' is gated: accept its conditions at {url}/{org}/gated"),
+        "nothing": ({"token": account.read}, f"There is no folder '{org}/nothing', {hidden}"),
+        "a@nowhere": ({}, f"'{org}/a' has no revision 'nowhere' on the Hub: name a branch, a tag or a commit that "),
+        "a": ({"token": "hf_unknown"}, f"The Hub does not accept the token that was sent for '{org}/a': pass a valid"),
+        "a@v1": ({"local_files_only": True}, f"There is no folder '{org}/a', {uncached}: run `hf download {org}/a"),
+        "a b": ({}, f"There is no folder '{org}/a b', and it cannot be the id of a model on the Hub: check the path."),
+    }
+    got = account.python(
+        REFUSED + "result = [told(base, f'{org}/{name}', **more) for name, more in cases]",
+        cases=[(name if name == "a b" else name.strip(), more) for name, (more, _) in cases.items()],
+        base=str(llamas["b"]),
+        out=str(tmp_path / "deep" / "m"),
+    )
+    for (kind, said), (_, expected) in zip(got, cases.values(), strict=True):
+        assert kind == "SourceError" and said.startswith(expected)
+        assert said.endswith(".") and "\n" not in said and account.stranger not in said and account.read not in said
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_hub_that_fails_is_told_from_one_that_refuses(account: Account, llamas, tmp_path):
+    """What a broken download leaves is no model, and the next run fetches only what is missing."""
+    org = account.name
+    for name in ("down", "short", "broken", "cut"):
+        account.put(name, llamas["a"])
+    file = "resolve/.*model.safetensors"
+    account.hub.faults += [
+        Fault("error", f"{org}/down/revision"),
+        Fault("short", f"{org}/short/{file}", method="GET", after=50),
+        Fault("error", f"{org}/broken/{file}", method="GET", status=502),
+        Fault("cut", f"{org}/cut/{file}", method="GET", after=0),
+    ]
+    later, retry = "run it again later; whole files are kept.", "run it again; whole files are kept."
+    expected = {
+        "down": (f"The Hub did not give '{org}/down' (500 Internal Server Error)", later),
+        "short": (f"The download of '{org}/short' broke off (Consistency check failed", retry),
+        "broken": (f"The Hub did not give '{org}/broken' (502 Bad Gateway)", later),
+        "cut": (f"The download of '{org}/cut' broke off (peer closed connection", retry),
+    }
+    got = account.python(
+        REFUSED + "result = {name: told(base, f'{org}/{name}') for name in names}",
+        names=list(expected),
+        base=str(llamas["b"]),
+        out=str(tmp_path / "deep" / "m"),
+    )
+    for name, (start, end) in expected.items():
+        kind, said = got[name]
+        assert kind == "SourceError" and said.startswith(start) and said.endswith(end) and "\n" not in said
+    assert not (tmp_path / "deep").exists()
+    offline = account.cli("plan", "--method", "linear", llamas["b"], f"{org}/cut", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1 and "HF_HUB_OFFLINE forbids to ask the Hub" in error_line(offline.stderr)
+
+    account.hub.faults.clear()
+    account.hub.faults.append(Fault("cut", f"{org}/cut/{file}", method="GET", last=1, after=1000))
+    done = account.cli("merge", "--method", "linear", llamas["b"], f"{org}/cut", tmp_path / "m")
+    assert done.returncode == 0 and len(account.seen("GET", "cut/resolve/")) > 0, done.stderr
+    assert len([each for each in account.seen("GET", "/cut/") if each.path.endswith("/config.json")]) == 1
+
+
+def test_no_hub_at_all(account: Account, llamas, tmp_path):
+    done = account.cli("plan", "--method", "linear", llamas["b"], "org/a", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1 and error_line(done.stderr).startswith(
+        "Error: The Hub at http://127.0.0.1:9 cannot be reached for 'org/a'"
+    )
