@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub.server import Hub
+from tests.hub.server import UNKNOWN, Hub
 from tests.hub.store import LARGE, Blob, Repo, Token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def hub(running_hub: Hub) -> Iterator[Hub]:
     before = len(running_hub.log)
     yield running_hub
     running_hub.faults.clear()
-    assert not [seen for seen in running_hub.unknown() if seen in running_hub.log[before:]]
+    assert not [seen for seen in running_hub.log[before:] if seen.status == UNKNOWN]
 
 
 @pytest.fixture

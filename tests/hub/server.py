@@ -13,7 +13,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote
@@ -29,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tests.hub.store import DATE, LARGE, Blob, Commit, Discussion, HubError, Repo, Store, Token, card_data, config
 
 LARGE_FROM = 10_000_000
+UNKNOWN = 501  # the status of endpoints that this Hub lacks
 
 
 @dataclass
@@ -173,14 +173,6 @@ class Hub:
         self._thread.join(timeout=10)
         self._socket.close()
 
-    def unknown(self) -> list[Seen]:
-        """Return the requests that no endpoint here answers."""
-        return [seen for seen in self.log if seen.status == UNKNOWN]
-
-
-UNKNOWN = 501
-Answer = Callable[[Request], Awaitable[Response]]
-
 
 def application(store: Store, url: str) -> ASGIApp:
     """Return all endpoints over a store."""
@@ -188,6 +180,7 @@ def application(store: Store, url: str) -> ASGIApp:
     model, rev = "/api/models/{ns}/{name}", "{rev}"
     routes = [
         ("GET", "/api/whoami-v2", api.whoami),
+        ("GET", "/api/agent-harnesses", api.harnesses),
         ("POST", "/api/validate-yaml", api.validate_yaml),
         ("POST", "/api/repos/create", api.create),
         ("DELETE", "/api/repos/delete", api.delete),
@@ -264,6 +257,10 @@ class Api:
         access = {"displayName": "test", "role": "write" if token.write else "read"}
         user = {"type": "user", "id": token.user, "name": token.user, "fullname": token.user, "orgs": []}
         return JSONResponse({**user, "auth": {"type": "access_token", "accessToken": access}})
+
+    async def harnesses(self, _: Request) -> Response:
+        """Which programs may drive a command line; every one that huggingface_hub makes asks for it once a day."""
+        return JSONResponse({"standardEnvVars": [], "harnesses": {}})
 
     async def validate_yaml(self, request: Request) -> Response:
         body = await request.json()
