@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,16 @@ from tests.hub.server import UNKNOWN, Hub
 from tests.hub.store import LARGE, Blob, Repo, Token
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# Code that says how hf_merge refuses to merge some models into `out`.
+REFUSED = """
+import hf_merge
+def told(*models, **more):
+    try:
+        hf_merge.merge(list(models), out, method="linear", **more)
+    except hf_merge.MergeError as error:
+        return [type(error).__name__, str(error)]
+"""
 
 
 @dataclass
@@ -86,6 +97,12 @@ class Account:
             for each in self.hub.log
             if each.method == method and f"/{self.name}/" in each.path and path in each.path
         ]
+
+
+def error_line(stderr: str) -> str:
+    """Return what the command line said last, without colours."""
+    assert "Traceback" not in stderr and stderr.count("Error: ") == 1, stderr
+    return re.sub("\x1b\\[[0-9;]*m", "", stderr).strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="session")
