@@ -70,6 +70,26 @@ def test_a_private_model_and_a_gated_one_merge_with_a_token_that_no_file_keeps(a
     assert account.read not in said.stdout + said.stderr + known.stdout + known.stderr
 
 
+def test_an_adapter_is_pinned_beside_its_base(account: Account, llamas, tmp_path):
+    org, base = account.name, account.put("base", llamas["base"]).commit("main").sha
+    made = """
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(f"{org}/base")
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        adapted.push_to_hub(f"{org}/lora")
+        import hf_merge
+        hf_merge.merge([f"{org}/base+{org}/lora", f"{org}/base"], out, method="linear")
+        result = AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers
+    """
+    assert account.python(made, token=account.write, out=tmp_path / "m") == 3
+    lora = account.hub.store.repos[f"{org}/lora"].commit("main").sha
+    written = yaml.safe_load((tmp_path / "m" / "hf_merge_recipe.yaml").read_text())
+    models = [each["model"] for each in written["models"]]
+    assert models[1] == f"{org}/base@{base}" and base in str(models[0]) and lora in str(models[0])
+    assert not holds(tmp_path / "m", account.write)
+
+
 def test_the_command_line_refuses_in_one_line(account: Account, llamas, tmp_path):
     account.put("gated", llamas["b"], gated=True)
     call = ("merge", "--method", "linear", llamas["a"], f"{account.name}/gated", tmp_path / "m")
