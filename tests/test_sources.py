@@ -204,7 +204,7 @@ def test_folder_without_weights_and_adapter_and_unknown_file_are_named(tmp_path)
 def test_model_that_is_nowhere_is_an_error_that_says_where_was_looked(tmp_path):
     with pytest.raises(SourceError, match="There is no model at"):
         opened(tmp_path / "absent")
-    with pytest.raises(SourceError, match=r"no folder 'org/absent', and the Hub did not give"):
+    with pytest.raises(SourceError, match=r"no folder 'org/absent', and no whole model of that name in the cache"):
         opened("org/absent")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ from torch import nn
 from hf_merge.errors import SourceError
 from hf_merge.sources.adapter import WithAdapter, open_adapter
 from hf_merge.sources.base import Source
-from hf_merge.sources.checkpoint import PICKLES, Checkpoint, module_folders
+from hf_merge.sources.checkpoint import PICKLES, Checkpoint
+from hf_merge.sources.hub import download
 from hf_merge.sources.mapping import MappingSource
 from hf_merge.sources.module import ModuleSource
 from hf_merge.sources.quantized import dequantized
 from hf_merge.types import InMemory, ModelRef
 
-_OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
-
-__all__ = ["Source", "open_source", "open_sources"]
+__all__ = ["Source", "download", "open_source", "open_sources"]
 
 
 def open_sources(models: Iterable[ModelRef | InMemory], **hub: Any) -> dict[ModelRef | InMemory, Source]:
@@ -70,37 +68,3 @@ def _located(model: ModelRef, **hub: Any) -> tuple[Path, dict[str, str]]:
         raise SourceError(f"There is no model at '{model.path}'.")
     folder = download(model, **hub)
     return folder, {"public_id": model.path, "revision": folder.name}
-
-
-def download(model: ModelRef, *, only: Sequence[str] | None = None, **hub: Any) -> Path:
-    """Fetch a model of the Hub into its cache: everything but weights in other formats.
-
-    Args:
-        model: which one.
-        only: patterns of the files that are wanted; nothing else is fetched then.
-        **hub: token, cache_dir, local_files_only.
-
-    Raises:
-        SourceError: no such model or revision, no access, or no network.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    fetch = partial(snapshot_download, model.path, revision=model.revision, **hub)
-    try:
-        if only is not None:
-            return Path(fetch(allow_patterns=list(only)))
-        folder = Path(fetch(ignore_patterns=[*_OTHER_FORMATS, *(f"*{suffix}" for suffix in PICKLES)]))
-        modules = module_folders(folder)
-        without = [name for name in modules if not any((folder / name).glob("*.safetensors"))]
-        if not any(folder.glob("*.safetensors")) and without == modules:
-            folder = Path(fetch(ignore_patterns=_OTHER_FORMATS))
-        elif without:  # a Dense layer may be a pickle beside safetensors
-            folder = Path(fetch(ignore_patterns=_OTHER_FORMATS, allow_patterns=[f"{name}/*" for name in without]))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"There is no folder '{model.path}', and the Hub did not give a model of that name "
-            f"({type(error).__name__}: {reason}). Check the name, the token and the network."
-        ) from error
-    return folder

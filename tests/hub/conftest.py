@@ -1,0 +1,132 @@
+"""A Hub on loopback, and ways to run the real clients against it in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub.server import UNKNOWN, Hub
+from tests.hub.store import LARGE, Blob, Repo, Token
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Code that says how hf_merge refuses to merge some models into `out`.
+REFUSED = """
+import hf_merge
+def told(*models, **more):
+    try:
+        hf_merge.merge(list(models), out, method="linear", **more)
+    except hf_merge.MergeError as error:
+        return [type(error).__name__, str(error)]
+"""
+
+
+@dataclass
+class Account:
+    """A namespace on the Hub and who acts for it, with a home of its own.
+
+    Attributes:
+        name: the namespace.
+        write, read: its tokens.
+        stranger: the token of another account.
+        home: HF_HOME of the processes.
+    """
+
+    hub: Hub
+    name: str
+    write: str
+    read: str
+    stranger: str
+    home: Path
+
+    def put(self, name: str, folder: Path, **state: Any) -> Repo:
+        """Put the files of a folder on the Hub, past the API: a state that a test starts from."""
+        repo = self.hub.store.repos.setdefault(f"{self.name}/{name}", Repo.new(f"{self.name}/{name}", self.name))
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {str(path.relative_to(folder)): Blob(path.read_bytes(), path.suffix in LARGE) for path in paths}
+        repo.add("main", {**repo.commit("main").files, **files}, f"the files of {folder.name}", self.name)
+        for key, value in state.items():
+            setattr(repo, key, value)
+        return repo
+
+    def environment(self, token: str | None, **more: str) -> dict[str, str]:
+        """Return what a process needs to take this Hub for the Hub."""
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
+        proxies = {key for key in clean if key.lower().endswith("_proxy")}
+        kept = {key: value for key, value in clean.items() if key not in proxies}
+        hub = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+        secret = {"HF_TOKEN": token} if token else {}
+        return {**kept, "NO_PROXY": "127.0.0.1", **hub, **quiet, **path, **secret, **more}
+
+    def run(self, *words: Any, token: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run `python ...` as a process of a user with this token."""
+        call = [sys.executable, "-W", "error::UserWarning", *map(str, words)]
+        return subprocess.run(
+            call, capture_output=True, text=True, timeout=120, env=self.environment(token, **more), check=False
+        )
+
+    def cli(self, *words: Any, token: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run `hf-merge ...` as a user does."""
+        return self.run("-m", "hf_merge.cli", *words, token=token, **more)
+
+    def python(self, code: str, *, token: str | None = None, environment: dict[str, str] | None = None, **values: Any):
+        """Run code that leaves its result in `result`, and return the result; `org` and the values are at hand."""
+        named = json.dumps({"org": self.name, **values}, default=str)
+        lines = [f"import json\nglobals().update(json.loads({named!r}))", textwrap.dedent(code)]
+        done = self.run("-c", "\n".join([*lines, "print(json.dumps(result))"]), token=token, **(environment or {}))
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def seen(self, method: str, path: str = "") -> list[Any]:
+        """Return the requests that concern this namespace."""
+        return [
+            each
+            for each in self.hub.log
+            if each.method == method and f"/{self.name}/" in each.path and path in each.path
+        ]
+
+
+def error_line(stderr: str) -> str:
+    """Return what the command line said last, without colours."""
+    assert "Traceback" not in stderr and stderr.count("Error: ") == 1, stderr
+    return re.sub("\x1b\\[[0-9;]*m", "", stderr).strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[Hub]:
+    """One server for all tests of a worker."""
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(running_hub: Hub) -> Iterator[Hub]:
+    """The server; no client may ask it what it does not know, and no fault outlives a test."""
+    before = len(running_hub.log)
+    yield running_hub
+    running_hub.faults.clear()
+    assert not [seen for seen in running_hub.log[before:] if seen.status == UNKNOWN]
+
+
+@pytest.fixture
+def account(hub: Hub, tmp_path: Path) -> Account:
+    """A namespace of this test alone."""
+    name = f"org-{uuid.uuid4().hex[:8]}"
+    write, read, stranger = (f"hf_{kind}{uuid.uuid4().hex}" for kind in ("write", "read", "stranger"))
+    hub.store.tokens[write] = Token(name, write=True)
+    hub.store.tokens[read] = Token(name, write=False)
+    hub.store.tokens[stranger] = Token(f"{name}-stranger", write=True)
+    return Account(hub, name, write, read, stranger, tmp_path / "home")

@@ -1,0 +1,239 @@
+"""What a Hub holds: accounts with tokens, and repositories with commits, branches and pull requests, in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import yaml
+
+DATE = "2026-01-02T03:04:05.000Z"
+LARGE = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".parquet")
+
+
+class HubError(Exception):
+    """A request that the Hub refuses: a status, a code as the clients know it, and words."""
+
+    def __init__(self, status: int, code: str, message: str, commit: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.message, self.commit = status, code, message, commit
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a request may do: whose it is, and whether it may write."""
+
+    user: str
+    write: bool
+
+
+@dataclass(frozen=True)
+class Blob:
+    """The content of a file, and whether it is kept by LFS."""
+
+    content: bytes
+    large: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @cached_property
+    def pointer(self) -> bytes:
+        """What git keeps instead of a large file."""
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
+        return text.encode()
+
+    @cached_property
+    def oid(self) -> str:
+        """The id that git gives it."""
+        kept = self.pointer if self.large else self.content
+        return hashlib.sha1(b"blob %d\0" % len(kept) + kept).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.large else self.oid
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One state of a repository."""
+
+    files: dict[str, Blob]
+    title: str
+    author: str
+    parent: Commit | None = None
+    message: str = ""
+
+    @cached_property
+    def sha(self) -> str:
+        told = [self.parent.sha if self.parent else "", self.title, self.message, self.author]
+        told += [f"{path} {blob.oid}" for path, blob in sorted(self.files.items())]
+        return hashlib.sha1("\n".join(told).encode()).hexdigest()
+
+    def history(self) -> list[Commit]:
+        """This commit and those before it, newest first."""
+        found: list[Commit] = []
+        commit: Commit | None = self
+        while commit is not None:
+            found.append(commit)
+            commit = commit.parent
+        return found
+
+
+@dataclass
+class Discussion:
+    """A discussion, or a pull request."""
+
+    num: int
+    title: str
+    author: str
+    pull_request: bool
+    base: str = "refs/heads/main"
+
+    @property
+    def ref(self) -> str:
+        return f"refs/pr/{self.num}"
+
+
+@dataclass
+class Repo:
+    """A model on the Hub.
+
+    Attributes:
+        gated: only users of `granted` may read its files.
+        refs: full name of a branch, tag or pull request -> its commit.
+    """
+
+    id: str
+    private: bool = False
+    gated: bool = False
+    granted: set[str] = field(default_factory=set)
+    refs: dict[str, Commit] = field(default_factory=dict)
+    discussions: list[Discussion] = field(default_factory=list)
+
+    @classmethod
+    def new(cls, repo_id: str, author: str, private: bool = False) -> Repo:
+        """Return a repository as the Hub makes it: with a .gitattributes and nothing else."""
+        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE)
+        first = Commit({".gitattributes": Blob(attributes.encode())}, f"initial commit of {repo_id}", author)
+        return cls(repo_id, private, refs={"refs/heads/main": first})
+
+    @property
+    def namespace(self) -> str:
+        return self.id.partition("/")[0]
+
+    def ref_name(self, revision: str) -> str | None:
+        """Return the full name of a branch, tag or pull request."""
+        names = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}")
+        return next((name for name in names if name in self.refs), None)
+
+    def commit(self, revision: str) -> Commit:
+        """Return the commit of a branch, tag, pull request or (short) sha."""
+        name = self.ref_name(revision)
+        if name is not None:
+            return self.refs[name]
+        known = [commit for head in self.refs.values() for commit in head.history()]
+        found = next((each for each in known if len(revision) >= 7 and each.sha.startswith(revision)), None)
+        if found is None:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return found
+
+    def add(self, revision: str, files: dict[str, Blob], title: str, author: str, message: str = "") -> Commit:
+        """Put a state on a branch or pull request; the same state is no new commit."""
+        name = self.ref_name(revision)
+        if name is None:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        head = self.refs[name]
+        if files != head.files:
+            self.refs[name] = Commit(files, title, author, head, message)
+        return self.refs[name]
+
+    def discuss(self, title: str, author: str, pull_request: bool, base: str = "main") -> Discussion:
+        """Open a discussion or a pull request from a branch."""
+        made = Discussion(len(self.discussions) + 1, title, author, pull_request, f"refs/heads/{base}")
+        self.discussions.append(made)
+        if pull_request:
+            self.refs[made.ref] = self.commit(base)
+        return made
+
+
+@dataclass
+class Store:
+    """All that the Hub holds."""
+
+    tokens: dict[str, Token] = field(default_factory=dict)
+    repos: dict[str, Repo] = field(default_factory=dict)
+    large: dict[str, bytes] = field(default_factory=dict)
+
+    def token(self, text: str | None) -> Token | None:
+        """Return what a token may do; None where there is none."""
+        if text is None:
+            return None
+        if text not in self.tokens:
+            raise HubError(401, "", "Invalid credentials in Authorization header")
+        return self.tokens[text]
+
+    def repo(self, repo_id: str, token: Token | None) -> Repo:
+        """Return a repository that the token may see; a hidden one looks like a missing one."""
+        repo = self.repos.get(repo_id)
+        if repo is None or (repo.private and (token is None or token.user != repo.namespace)):
+            raise HubError(401 if token is None else 404, "RepoNotFound", "Repository not found")
+        return repo
+
+    def readable(self, repo_id: str, token: Token | None) -> Repo:
+        """Return a repository whose files the token may read."""
+        repo = self.repo(repo_id, token)
+        user = token.user if token else None
+        if repo.gated and user != repo.namespace and user not in repo.granted:
+            page = f"Access to model {repo_id} is restricted. You must have access to it and be authenticated."
+            raise HubError(401 if token is None else 403, "GatedRepo", page)
+        return repo
+
+    def writable(self, repo_id: str, token: Token | None) -> Repo:
+        """Return a repository that the token may change."""
+        repo = self.repo(repo_id, token)
+        require_write(repo.namespace, token)
+        return repo
+
+    def create(self, repo_id: str, token: Token | None, private: bool = False) -> Repo:
+        """Make an empty repository."""
+        writer = require_write(repo_id.partition("/")[0], token)
+        if repo_id in self.repos:
+            raise HubError(409, "", "You already created this model repo")
+        self.repos[repo_id] = Repo.new(repo_id, writer.user, private)
+        return self.repos[repo_id]
+
+    def delete(self, repo_id: str, token: Token | None) -> None:
+        """Forget a repository."""
+        self.writable(repo_id, token)
+        del self.repos[repo_id]
+
+
+def require_write(namespace: str, token: Token | None) -> Token:
+    """Return the token if it may write there."""
+    if token is None:
+        raise HubError(401, "", "Invalid username or password.")
+    if not token.write or token.user != namespace:
+        raise HubError(403, "", f"You don't have the rights to write under the namespace '{namespace}'")
+    return token
+
+
+def card_data(commit: Commit) -> dict:
+    """Return the metadata of a card."""
+    card = commit.files.get("README.md", Blob(b"")).content.decode()
+    if not card.startswith("---\n"):
+        return {}
+    return yaml.safe_load(card[4:].partition("\n---")[0]) or {}
+
+
+def config(commit: Commit) -> dict:
+    """Return what the Hub shows of config.json."""
+    whole = json.loads(commit.files.get("config.json", Blob(b"{}")).content)
+    return {key: whole[key] for key in ("architectures", "model_type") if key in whole}

@@ -1,0 +1,259 @@
+"""The real clients of Hugging Face against the Hub of these tests: what works there is what they need of a Hub."""
+
+import pytest
+
+from tests.hub.conftest import Account
+from tests.hub.server import Fault
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_folder_goes_up_and_comes_back(account: Account, llamas, tmp_path):
+    got = account.python(
+        """
+        from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
+        api = HfApi()
+        who = api.whoami()
+        api.create_repo(f"{org}/m")
+        again = api.create_repo(f"{org}/m", exist_ok=True)
+        first = api.upload_folder(repo_id=f"{org}/m", folder_path=folder)
+        unchanged = api.upload_folder(repo_id=f"{org}/m", folder_path=folder)
+        card = ModelCard("---\\nlicense: mit\\nbase_model: org/base\\ntags: [merge]\\n---\\n# Mine\\n")
+        card.validate()
+        card.push_to_hub(f"{org}/m")
+        info = api.model_info(f"{org}/m", files_metadata=True)
+        old = api.model_info(f"{org}/m", revision=first.oid)
+        weights = hf_hub_download(f"{org}/m", "model.safetensors")
+        snapshot = snapshot_download(f"{org}/m")
+        lfs = {each.rfilename: each.lfs and each.lfs.size for each in info.siblings}
+        result = {
+            "who": who["name"], "url": again.repo_id, "same": first.oid == unchanged.oid == old.sha,
+            "card": info.card_data.base_model, "tags": info.tags, "weights": weights, "snapshot": snapshot,
+            "sha": info.sha, "lfs": lfs, "type": info.config["model_type"],
+            "titles": [each.title for each in api.list_repo_commits(f"{org}/m")],
+            "files": sorted(api.list_repo_files(f"{org}/m")),
+            "paths": [each.path for each in api.get_paths_info(f"{org}/m", ["config.json", "nothing"])],
+        }
+        """,
+        token=account.write,
+        folder=llamas["a"],
+    )
+    assert got["who"] == account.name and got["url"] == f"{account.name}/m" and got["same"]
+    assert got["card"] == "org/base" and {"merge", "base_model:org/base"} <= set(got["tags"]) and got["type"] == "llama"
+    content = (llamas["a"] / "model.safetensors").read_bytes()
+    with open(got["weights"], "rb") as file:
+        assert file.read() == content
+    assert got["snapshot"].endswith(got["sha"])
+    assert got["lfs"]["model.safetensors"] == len(content) and got["lfs"]["config.json"] is None
+    assert len(got["titles"]) == 3 and got["titles"][-1].startswith("initial commit")
+    assert got["files"] == sorted([".gitattributes", *(path.name for path in llamas["a"].iterdir())])
+    assert got["paths"] == ["config.json"]
+    assert len(account.seen("PUT")) == 0 and len(account.seen("GET", "resolve/")) == len(got["files"])
+
+
+def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
+    account.put("m", llamas["a"])
+    got = account.python(
+        """
+        from huggingface_hub import HfFileSystem, get_safetensors_metadata
+        from huggingface_hub.utils import get_session
+        import os, torch
+        from safetensors.torch import load_file
+        found = get_safetensors_metadata(f"{org}/m")
+        file = found.files_metadata["model.safetensors"]
+        tensor = file.tensors["model.norm.weight"]
+        url = f"{os.environ['HF_ENDPOINT']}/{org}/m/resolve/main/model.safetensors"
+        size = os.path.getsize(f"{folder}/model.safetensors")
+        with HfFileSystem().open(f"{org}/m/model.safetensors", "rb", block_size=1024) as opened:
+            header = int.from_bytes(opened.read(8), "little")
+            opened.seek(8 + header + tensor.data_offsets[0])
+            read = opened.read(tensor.data_offsets[1] - tensor.data_offsets[0])
+        expected = load_file(f"{folder}/model.safetensors")["model.norm.weight"]
+        tail = get_session().get(url, headers={"range": "bytes=-4"})
+        beyond = get_session().get(url, headers={"range": f"bytes={size}-"})
+        result = {
+            "tensors": len(file.tensors), "same": read == expected.numpy().tobytes(),
+            "tail": [tail.status_code, tail.headers["content-range"], len(tail.content)],
+            "beyond": [beyond.status_code, beyond.headers["content-range"]],
+        }
+        """,
+        folder=llamas["a"],
+    )
+    size = (llamas["a"] / "model.safetensors").stat().st_size
+    assert got["tensors"] == 30 and got["same"]
+    assert got["tail"] == [206, f"bytes {size - 4}-{size - 1}/{size}", 4]
+    assert got["beyond"] == [416, f"bytes */{size}"]
+    ranged = [each for each in account.seen("GET", "model.safetensors") if each.range]
+    assert {each.status for each in ranged} == {206, 416} and all(each.sent <= 100_001 for each in ranged)
+
+
+def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Account, llamas):
+    pushed = """
+        import torch
+        from huggingface_hub import HfApi
+        from peft import LoraConfig, PeftModel, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        ours = AutoModelForCausalLM.from_pretrained(folder)
+        ours.push_to_hub(f"{org}/m")
+        AutoTokenizer.from_pretrained(folder).push_to_hub(f"{org}/m")
+        base = AutoModelForCausalLM.from_pretrained(f"{org}/m")
+        words = AutoTokenizer.from_pretrained(f"{org}/m")("w1 w2").input_ids
+        same = all(torch.equal(a, b) for a, b in zip(ours.parameters(), base.parameters(), strict=True))
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+        adapted.push_to_hub(f"{org}/adapter")
+        ids = torch.tensor([[1, 5, 6]])
+        with torch.no_grad():
+            ours_adapted = PeftModel.from_pretrained(ours, f"{org}/adapter").eval()
+            equal = torch.equal(adapted(ids).logits, ours_adapted(ids).logits)
+        names = sorted(HfApi().list_repo_files(f"{org}/adapter"))
+        result = {"same": same, "words": words, "equal": equal, "names": names}
+    """
+    got = account.python(pushed, token=account.write, folder=llamas["a"])
+    assert got["same"] and got["equal"] and got["words"] == [4, 5]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(got["names"])
+    before = len(account.hub.log)
+    reloaded = """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
+        from transformers import AutoModelForCausalLM
+        layers = AutoModelForCausalLM.from_pretrained(f"{org}/m").config.num_hidden_layers
+        try:
+            HfApi().model_info(f"{org}/m")
+        except OfflineModeIsEnabled:
+            result = layers
+    """
+    assert account.python(reloaded, environment={"HF_HUB_OFFLINE": "1"}) == 3
+    assert len(account.hub.log) == before
+
+
+def test_branches_tags_and_pull_requests(account: Account, llamas):
+    account.put("m", llamas["a"])
+    got = account.python(
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+        api, repo = HfApi(), f"{org}/m"
+        main = api.model_info(repo).sha
+        api.create_branch(repo, branch="next/one")
+        api.create_branch(repo, branch="next/one", exist_ok=True)
+        api.create_tag(repo, tag="v1")
+        add = lambda: CommitOperationAdd("note.txt", b"hello")
+        on_branch = api.create_commit(repo, [add()], commit_message="note", revision="next/one")
+        pull = api.create_commit(repo, [add()], commit_message="note", create_pr=True, token=stranger)
+        more = CommitOperationAdd("more.txt", b"more")
+        api.create_commit(repo, [more], commit_message="more", revision=pull.pr_revision)
+        empty = api.create_pull_request(repo, title="an empty one")
+        refs = api.list_repo_refs(repo, include_pull_requests=True)
+        read = [open(hf_hub_download(repo, "note.txt", revision=r)).read() for r in ("next/one", pull.pr_revision)]
+        result = {
+            "main": api.model_info(repo).sha == main, "pr": pull.pr_revision, "read": read, "empty": empty.num,
+            "branches": sorted(each.name for each in refs.branches), "tags": [each.name for each in refs.tags],
+            "pulls": [each.ref for each in refs.pull_requests],
+            "branch": api.model_info(repo, revision="next/one").sha == on_branch.oid,
+            "in_pull": len(api.list_repo_files(repo, revision=pull.pr_revision))
+            - len(api.list_repo_files(repo, revision="v1")),
+            "open": [each.num for each in api.get_repo_discussions(repo) if each.is_pull_request],
+        }
+        """,
+        token=account.write,
+        stranger=account.stranger,
+    )
+    assert got["main"] and got["branch"] and got["read"] == ["hello", "hello"]
+    assert got["branches"] == ["main", "next/one"] and got["tags"] == ["v1"]
+    assert got["pr"] == "refs/pr/1" and got["pulls"] == ["refs/pr/1", "refs/pr/2"] and got["empty"] == 2
+    assert got["in_pull"] == 2 and got["open"] == [1, 2]
+
+
+REFUSALS = {
+    "missing": ("info('nothing')", "RepositoryNotFoundError", 401),
+    "private": ("info('private')", "RepositoryNotFoundError", 401),
+    "private, stranger": ("info('private', token=stranger)", "RepositoryNotFoundError", 404),
+    "wrong token": ("info('open', token='hf_wrong')", "HfHubHTTPError", 401),
+    "gated": ("file('gated')", "GatedRepoError", 401),
+    "gated, stranger": ("file('gated', token=stranger)", "GatedRepoError", 403),
+    "revision": ("info('open', revision='nowhere')", "RevisionNotFoundError", 404),
+    "file": ("file('open', name='nothing.txt')", "RemoteEntryNotFoundError", 404),
+    "anonymous commit": ("commit()", "HfHubHTTPError", 401),
+    "commit of a reader": ("commit(token=read)", "HfHubHTTPError", 403),
+    "commit of a stranger": ("commit(token=stranger)", "HfHubHTTPError", 403),
+    "stale parent": ("commit(token=write, parent_commit=stale)", "HfHubHTTPError", 412),
+    "there already": ("api.create_repo(f'{org}/open', token=write)", "HfHubHTTPError", 409),
+    "no safetensors": ("api.get_safetensors_metadata(f'{org}/empty')", "NotASafetensorsRepoError", None),
+}
+
+
+def test_refusals_and_rights(account: Account, llamas):
+    """Every refusal is the exception that the client raises for the real Hub's answer."""
+    stale = account.put("open", llamas["a"]).commit("main").history()[-1].sha
+    account.put("private", llamas["a"], private=True)
+    account.put("gated", llamas["a"], gated=True, granted={f"{account.name}-friend"})
+    account.python("from huggingface_hub import create_repo; result = create_repo(f'{org}/empty')", token=account.write)
+    got = account.python(
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+        api = HfApi()
+        info = lambda name, **more: api.model_info(f"{org}/{name}", **more)
+        file = lambda repo, name="config.json", **more: hf_hub_download(f"{org}/{repo}", name, **more)
+        add = lambda: CommitOperationAdd("note.txt", b"hello")
+        commit = lambda **more: api.create_commit(f"{org}/open", [add()], commit_message="note", **more)
+        def refused(code):
+            try:
+                eval(code)
+            except Exception as error:
+                response = getattr(error, "response", None)
+                return [type(error).__name__, None if response is None else response.status_code]
+        result = {
+            "refused": {name: refused(code) for name, (code, *_) in refusals.items()},
+            "granted": bool(file("gated", token=read)) and info("private", token=read).private,
+            "shown": info("gated").gated,
+        }
+        api.delete_repo(f"{org}/open", token=write)
+        result["deleted"] = refused("info('open')")
+        """,
+        refusals=REFUSALS,
+        stale=stale,
+        write=account.write,
+        read=account.read,
+        stranger=account.stranger,
+    )
+    assert {name: tuple(found) for name, found in got["refused"].items()} == {
+        name: (error, status) for name, (_, error, status) in REFUSALS.items()
+    }
+    assert got["granted"] and got["shown"] == "auto" and got["deleted"] == ["RepositoryNotFoundError", 401]
+
+
+def test_faults_strike_the_requests_they_name(account: Account, llamas):
+    """The client fetches again what is cut; a silent loss is found; an error is what it is."""
+    account.put("m", llamas["a"])
+    weights, config = f"{account.name}/m/resolve/.*model.safetensors", f"{account.name}/m/resolve/.*/config.json"
+    account.hub.faults += [
+        Fault("cut", weights, method="GET", last=1, after=1000),
+        Fault("short", config, method="GET", last=1, after=10),
+        Fault("error", f"{account.name}/m$", last=1, status=503),
+        Fault("hang", f"{account.name}/m/refs", last=1, seconds=0.2),
+    ]
+    got = account.python(
+        """
+        import time
+        from huggingface_hub import HfApi, hf_hub_download
+        def tried(call):
+            try:
+                return call()
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+        api = HfApi()
+        start = time.perf_counter()
+        api.list_repo_refs(f"{org}/m")
+        waited = time.perf_counter() - start
+        result = {
+            "weights": hf_hub_download(f"{org}/m", "model.safetensors"), "waited": waited,
+            "config": [tried(lambda: hf_hub_download(f"{org}/m", "config.json")) for _ in range(2)],
+            "info": [tried(lambda: api.model_info(f"{org}/m").id) for _ in range(2)],
+        }
+        """
+    )
+    content = (llamas["a"] / "model.safetensors").read_bytes()
+    with open(got["weights"], "rb") as file:
+        assert file.read() == content
+    assert [each.sent for each in account.seen("GET", "model.safetensors")] == [1000, len(content)]
+    assert "Consistency check failed" in got["config"][0] and got["config"][1].endswith("config.json")
+    assert "503" in got["info"][0] and got["info"][1] == f"{account.name}/m" and got["waited"] >= 0.2
