@@ -177,6 +177,7 @@ def test_models_of_stages_count(models, tmp_path):
     assert "| &nbsp;&nbsp;`a` | in `mean` | `gpl-3.0` | - |" in out.card.content
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # of PEFT
 def test_adapter_counts_beside_its_base(tmp_path):
     adapted(make_model("llama"), tmp_path, target_modules=["q_proj"])
     (tmp_path / "base" / "README.md").write_text(front(license="mit"))
