@@ -14,6 +14,8 @@ from hf_merge.sources import open_source
 from hf_merge.sources.cards import read_card
 from hf_merge.sources.view import View
 from hf_merge.types import ModelRef
+from tests.test_adapter import adapted
+from tests.test_adapter import make as make_model
 
 KEYS = {"license", "license_name", "license_link", "language", "datasets", "base_model", "base_model_relation",
         "library_name", "pipeline_tag", "tags"}  # fmt: skip
@@ -173,6 +175,16 @@ def test_models_of_stages_count(models, tmp_path):
     out = hf_merge.merge(path, tmp_path / "m")
     assert out.card.data.license == "agpl-3.0"
     assert "| &nbsp;&nbsp;`a` | in `mean` | `gpl-3.0` | - |" in out.card.content
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # of PEFT
+def test_adapter_counts_beside_its_base(tmp_path):
+    adapted(make_model("llama"), tmp_path, target_modules=["q_proj"])
+    (tmp_path / "base" / "README.md").write_text(front(license="mit"))
+    (tmp_path / "adapter" / "README.md").write_text(front(license="cc-by-nc-4.0", base_model=str(tmp_path / "base")))
+    out = hf_merge.merge([f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"], tmp_path / "m", method="passthrough")
+    assert out.card.data.license == "cc-by-nc-4.0" and str(tmp_path) not in out.card.content
+    assert "| `base` + `adapter` | merged | `mit` + `cc-by-nc-4.0` | - |" in out.card.content
 
 
 def test_models_in_memory_have_no_card(tmp_path):
