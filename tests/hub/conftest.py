@@ -75,7 +75,7 @@ class Account:
         """Run `python ...` as a process of a user with this token."""
         call = [sys.executable, "-W", "error::UserWarning", *map(str, words)]
         return subprocess.run(
-            call, capture_output=True, text=True, timeout=120, env=self.environment(token, **more), check=False
+            call, capture_output=True, text=True, timeout=300, env=self.environment(token, **more), check=False
         )
 
     def cli(self, *words: Any, token: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:

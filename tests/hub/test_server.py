@@ -57,8 +57,7 @@ def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
         """
         from huggingface_hub import HfFileSystem, get_safetensors_metadata
         from huggingface_hub.utils import get_session
-        import os, torch
-        from safetensors.torch import load_file
+        import os
         found = get_safetensors_metadata(f"{org}/m")
         file = found.files_metadata["model.safetensors"]
         tensor = file.tensors["model.norm.weight"]
@@ -68,11 +67,13 @@ def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
             header = int.from_bytes(opened.read(8), "little")
             opened.seek(8 + header + tensor.data_offsets[0])
             read = opened.read(tensor.data_offsets[1] - tensor.data_offsets[0])
-        expected = load_file(f"{folder}/model.safetensors")["model.norm.weight"]
+        with open(f"{folder}/model.safetensors", "rb") as opened:
+            opened.seek(8 + header + tensor.data_offsets[0])
+            expected = opened.read(len(read))
         tail = get_session().get(url, headers={"range": "bytes=-4"})
         beyond = get_session().get(url, headers={"range": f"bytes={size}-"})
         result = {
-            "tensors": len(file.tensors), "same": read == expected.numpy().tobytes(),
+            "tensors": len(file.tensors), "same": read == expected and len(read) == 128,
             "tail": [tail.status_code, tail.headers["content-range"], len(tail.content)],
             "beyond": [beyond.status_code, beyond.headers["content-range"]],
         }
