@@ -74,7 +74,10 @@ def licence_column(part: Source) -> str:
 def licence_in_words(parts: Sequence[Part], verdict: Verdict) -> list[str]:
     """Say what the licences of the parts are, and what follows."""
     told = [_terms(licence, _holders(parts, licence)) for licence in verdict.known]
-    told += [f"The licence of {name} is unknown: {reason}." for name, _, reason in _unknown(parts)]
+    unknown: dict[str, list[str]] = {}
+    for name, _, reason in _unknown(parts):
+        unknown.setdefault(reason, []).append(name)
+    told += [f"Unknown licence of {', '.join(names)}: {reason}." for reason, names in unknown.items()]
     told += [f"In conflict: {conflict}." for conflict in verdict.conflicts]
     if verdict.licence is None:
         told.append("So the licence of this merge is unknown, and this card names none: ask before you pass it on.")
@@ -130,9 +133,9 @@ def _unknown(parts: Sequence[Part]) -> Iterator[tuple[str, Source, str]]:
 
 def _reason(part: Source, claim: Claim) -> str:
     if part.card_data is None:
-        return "it has no card that says anything of it"
+        return "no card says anything of it"
     if claim.id is None:
-        return "its card names none"
+        return "the card names none"
     if claim.id == OTHER:
-        return "its card says `other`, and no name that tells which"
-    return f"its card says `{claim.id}`, which stands for no licence"
+        return "the card says `other`, and no name that tells which"
+    return f"the card says `{claim.id}`, which stands for no licence"

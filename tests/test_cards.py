@@ -115,7 +115,7 @@ def test_conflicting_licences_are_told_and_none_is_claimed(models, tmp_path):
 def test_folders_without_cards_are_quiet_in_the_plan_and_unknown_on_the_card(models, tmp_path):
     folders = models()
     data, content = merged(folders, tmp_path)
-    assert "license" not in data and "The licence of `a` is unknown" in content
+    assert "license" not in data and "Unknown licence of `a`" in content
     assert "| `a` | merged | unknown | - |" in content
     assert not licence_warnings([folders["a"], folders["b"]])
 
@@ -124,16 +124,16 @@ def test_ones_own_folder_beside_a_model_with_a_licence_is_quiet_too(models, tmp_
     folders = models(a=front(license="gemma"))
     assert not licence_warnings([folders["a"], folders["b"]])
     data, content = merged(folders, tmp_path)
-    assert "license" not in data and "The licence of `b` is unknown" in content and "`gemma`" in content
+    assert "license" not in data and "Unknown licence of `b`" in content and "`gemma`" in content
 
 
 def test_public_model_without_a_licence_is_a_warning_if_any_has_a_card(models, hub):
     folders = models(a=front(license="mit"), b=front(language="en"))
     cache = hub(folders)
     (told,) = licence_warnings(["org/a", "org/b"], **cache)
-    assert "'org/b' is unknown: its card names none" in told
+    assert "'org/b' is unknown: the card names none" in told
     (told,) = licence_warnings(["org/a", "org/base"], **cache)
-    assert "'org/base' is unknown: it has no card" in told
+    assert "'org/base' is unknown: no card" in told
     assert not licence_warnings(["org/a"], **cache) and not licence_warnings(["org/base"], **cache)
 
 
