@@ -80,18 +80,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def live_names(module: nn.Module, saved: Iterable[str]) -> dict[str, str]:
-    """Map names of a model's checkpoint to the names its parameters have in memory; several parts may share one."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    conversions = get_model_conversion_mapping(module)  # type: ignore[arg-type]
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    prefix, state = getattr(module, "base_model_prefix", ""), module.state_dict()
-    return {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in saved}
-
-
 @dataclass(frozen=True)
 class Place:
     """Where transformers puts a checkpoint's tensor when it loads it.
@@ -151,6 +139,14 @@ class Conversion:
             found[name] = Place(tuple(t for t in targets if t in self.shapes), pattern)
         return found
 
+    def live(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the parameter that each name becomes, or becomes part of."""
+        return {name: live for name, live, _, _ in self._named(names)}
+
+    def saved_name(self, live: str) -> str:
+        """Return what `save_pretrained` calls a parameter, or the first part of it."""
+        return next(iter(self.to_disk({live: self.shapes[live]})))
+
     def to_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn tensors of a checkpoint into parameters, as loading does; parts of one parameter come together."""
         made: dict[str, Tensor] = {}
@@ -191,20 +187,6 @@ def _plain(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
     single = {name: value[0] if isinstance(value, list) else value for name, value in tensors.items()}
     return {name: tensor.as_subclass(torch.Tensor) for name, tensor in single.items()}
-
-
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """Map the checkpoint names of tied weights to those of the weights they share."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state = module.state_dict()
-    return {
-        next(iter(revert_weight_conversion(module, {alias: state[alias]}))): next(  # type: ignore[arg-type]
-            iter(revert_weight_conversion(module, {source: state[source]}))  # type: ignore[arg-type]
-        )
-        for alias, source in getattr(module, "all_tied_weights_keys", {}).items()
-        if alias in state and source in state
-    }
 
 
 def vocabulary_tensors(module: Any) -> list[str]:

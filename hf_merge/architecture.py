@@ -48,7 +48,8 @@ def _skeleton(config: str) -> Skeleton | None:
     if module is None:
         return None
     saved = _compat.on_disk_layout(module)
-    live = _compat.live_names(module, saved)
+    tables = _compat.Conversion(module)
+    live = tables.live(saved)
     saved_as: dict[str, list[str]] = {}
     for name, inside in live.items():
         saved_as.setdefault(inside, []).append(name)
@@ -57,7 +58,7 @@ def _skeleton(config: str) -> Skeleton | None:
     return Skeleton(
         specs={name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, (_, tensor) in saved.items()},
         order=tuple(dict.fromkeys([*order, *saved])),
-        tied=_compat.tied_names(module),
+        tied={tables.saved_name(alias): tables.saved_name(other) for alias, other in tables.tied.items()},
         live=live,
         vocabulary=tuple(name for inside in embeddings for name in saved_as.get(inside, ())),
     )

@@ -146,11 +146,10 @@ class Outline:
         """Which tensors the output has, but for layers that slices rearrange."""
         specs = self.sources[self.donor].specs
         if self.recipe.keys == "union":
-            return {
-                name: spec
-                for source in (self.sources[self.donor], *self.sources)
-                for name, spec in source.specs.items()
-            }
+            union = dict(specs)
+            for source in self.sources:
+                union |= {name: spec for name, spec in source.specs.items() if name not in union}
+            return union
         if self.recipe.keys == "intersection":
             return {name: spec for name, spec in specs.items() if all(name in source.specs for source in self.sources)}
         return specs

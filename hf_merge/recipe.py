@@ -144,7 +144,7 @@ class Recipe(Part):
         return self.modules or {"": Module(slices=self.slices) if self.slices else Module(models=self.models)}
 
     @property
-    def merged(self) -> list[ModelRef | InMemory]:
+    def merged(self) -> list[Ref]:
         """Every model that is merged, once, in order."""
         slices = [piece for part in self.parts.values() for piece in part.outline]
         return list(dict.fromkeys(entry.model for piece in slices for entry in piece.sources))
@@ -155,7 +155,7 @@ class Recipe(Part):
         return self.base_model or self.merged[0]
 
     @property
-    def references(self) -> list[ModelRef | InMemory]:
+    def references(self) -> list[Ref]:
         """Every model of the recipe once: those merged, in order, then bases that are not among them."""
         slices = [piece for part in self.parts.values() for piece in part.outline]
         bases = [self.base_model, *(piece.base_model for piece in slices)]
@@ -167,7 +167,7 @@ class Recipe(Part):
         short = self.tokenizer_source
         return TokenizerOptions(source=short) if self.tokenizer is None and short is not None else self.tokenizer
 
-    def renamed(self, names: Mapping[ModelRef | InMemory, ModelRef]) -> Recipe:
+    def renamed(self, names: Mapping[Ref, ModelRef]) -> Recipe:
         """Return the recipe with other names for some of its models, in its stages too."""
         return _renamed(self, names)
 
@@ -176,7 +176,7 @@ class Recipe(Part):
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
 
-def _renamed(value: Any, names: Mapping[ModelRef | InMemory, ModelRef]) -> Any:
+def _renamed(value: Any, names: Mapping[Ref, ModelRef]) -> Any:
     """Put other models in the place of some, wherever they stand."""
     if isinstance(value, (ModelRef, InMemory)):
         return names.get(value, value)
@@ -232,14 +232,12 @@ def _read_file(path: Path) -> list[Document]:
 def _build(documents: list[Document], changes: Mapping[str, Any]) -> Recipe:
     """Make the recipe of one document, or of the last in the line of stages that several documents are."""
     words = {KEYWORDS.get(key, key): value for key, value in changes.items() if value is not None}
-    if len(documents) == 1:
-        recipe = _change(*documents[0], words)
-        return recipe.model_copy(update={"stages": in_order(recipe, recipe.stages)}) if recipe.stages else recipe
-    seed = {"seed": words["seed"]} if "seed" in words else {}
-    last = _last(documents)
-    stages = tuple(_change(*document, seed) for document in documents if document is not last)
+    last = documents[0] if len(documents) == 1 else _last(documents)
     recipe = _change(*last, words)
-    return recipe.model_copy(update={"stages": in_order(recipe, stages)})
+    stages = [_change(*document, {}) for document in documents if document is not last] or recipe.stages
+    if "seed" in words:
+        stages = [stage.model_copy(update={"seed": recipe.seed}) for stage in stages]
+    return recipe.model_copy(update={"stages": in_order(recipe, stages)}) if stages else recipe
 
 
 def _last(documents: list[Document]) -> Document:

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from hf_merge.types import InMemory, Model, ModelRef
+from hf_merge.types import InMemory, Model, ModelRef, Ref
 
 
 def _as_entries(value: Any) -> Any:
@@ -80,7 +80,7 @@ class ModelEntry(Part):
 
 
 def _whole(entries: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
-    seen: set[ModelRef | InMemory] = set()
+    seen: set[Ref] = set()
     for entry in entries:
         if entry.model in seen:
             raise ValueError(f"lists '{entry.model}' twice; give it a larger weight instead")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 import hf_merge
-from hf_merge import _compat, get_method
+from hf_merge import get_method
 from hf_merge.architecture import skeleton
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -252,7 +252,7 @@ def _close(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
 def table_row(saved: Saved, folder: Path) -> str:
     """Describe one checked class in a row of docs/architectures.md."""
     names = list(load_file(folder / "model.safetensors"))
-    live = _compat.live_names(saved.models["a"], names)
+    live = skeleton(json.loads((folder / "config.json").read_text())).live
     layout = "as in memory" if all(name == live[name] for name in names) else "other names than in memory"
     if len(set(live.values())) < len(names):
         layout = "per expert, fused in memory"

@@ -10,8 +10,8 @@ from hf_merge import _compat
 from tests.conftest import small_config
 
 
-def test_revert_weight_conversion_still_gives_the_layout_on_disk():
-    config = MixtralConfig(
+def small_mixtral() -> MixtralConfig:
+    return MixtralConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=16,
@@ -20,7 +20,10 @@ def test_revert_weight_conversion_still_gives_the_layout_on_disk():
         num_key_value_heads=1,
         num_local_experts=2,
     )
-    layout = _compat.on_disk_layout(MixtralForCausalLM(config))
+
+
+def test_revert_weight_conversion_still_gives_the_layout_on_disk():
+    layout = _compat.on_disk_layout(MixtralForCausalLM(small_mixtral()))
     expert = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     assert expert in layout and layout[expert][0] is None
     assert layout["model.norm.weight"][0] == "model.norm.weight"
@@ -75,18 +78,9 @@ def test_table_of_tasks_is_still_that_of_transformers():
 
 
 def mixtral_tables():
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-    )
-    model = MixtralForCausalLM(config)
     with torch.device("meta"):
-        return model, _compat.Conversion(MixtralForCausalLM(config))
+        empty = MixtralForCausalLM(small_mixtral())
+    return MixtralForCausalLM(small_mixtral()), _compat.Conversion(empty)
 
 
 def test_conversion_tables_still_say_where_a_tensor_goes():

@@ -99,6 +99,9 @@ def test_keys_choose_the_tensors_of_the_output():
     assert [(one.severity, one.tensors) for one in told] == [("warning", ("y",))]
     assert list(union) == ["both", "one", "two"] and union["both"].equal(both)
     assert union["one"].equal(torch.ones(3)) and union["two"].equal(torch.full((4,), 5.0))
+    three = {"both": torch.zeros(5)}
+    told = hf_merge.plan([{"both": both}, three], method="linear", keys="union").errors[0].text
+    assert "model 1' has other shapes" in told and "both [5] instead of [2]" in told
     with pytest.raises(hf_merge.PlanError, match=r"has tensors that .* lacks, and keys: strict"):
         merged("strict", missing="skip-model")
     with pytest.raises(hf_merge.PlanError, match="lacks tensors"):

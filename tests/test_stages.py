@@ -1,12 +1,12 @@
 """Files of several documents: named merges that later ones merge, without a folder in between."""
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_merge
+from hf_merge import lazy
 from hf_merge.card import pinned_recipe
 
 
@@ -138,9 +138,39 @@ def test_errors_give_the_line_in_the_whole_file():
         hf_merge.Recipe.from_yaml(recipe)
 
 
-def test_stage_may_be_resumed_and_is_deterministic_bit_for_bit(llamas, tmp_path):
+def test_merge_of_stages_is_resumed_to_the_same_bytes(llamas, tmp_path, monkeypatch):
     recipe = hf_merge.Recipe.from_yaml(text(documents(llamas)))
-    paths = [hf_merge.merge(recipe, tmp_path / str(i), max_shard_size=40_000).path for i in range(2)]
-    for file in paths[0].glob("*.safetensors"):
-        assert file.read_bytes() == (paths[1] / file.name).read_bytes()
-    assert torch.tensor([len(list(path.glob("*.safetensors"))) for path in paths]).min() > 1
+    whole = hf_merge.merge(recipe, tmp_path / "whole", max_shard_size=40_000).path
+    calls, compute = [], lazy.compute
+
+    def break_off(*arguments):
+        calls.append(arguments[1].name)
+        if len(calls) > 30:
+            raise RuntimeError("the power is gone")
+        return compute(*arguments)
+
+    monkeypatch.setattr(lazy, "compute", break_off)
+    with pytest.raises(hf_merge.ComputeError, match="the power is gone"):
+        hf_merge.merge(recipe, tmp_path / "out", max_shard_size=40_000)
+    kept = sorted(path.name for path in (tmp_path / ".out.hf_merge").glob("*.safetensors"))
+    assert kept and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(hf_merge.OutputError, match="begun with another recipe"):
+        hf_merge.merge(recipe, tmp_path / "out", max_shard_size=40_000, resume=True, seed=9)
+    out = hf_merge.merge(recipe, tmp_path / "out", max_shard_size=40_000, resume=True).path
+    files = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert len(files) > len(kept) and all((out / file).read_bytes() == (whole / file).read_bytes() for file in files)
+
+
+def test_seed_given_with_a_recipe_sets_its_stages_too(llamas):
+    recipe = hf_merge.Recipe.from_yaml(text(documents(llamas)))
+    assert [stage.seed for stage in hf_merge.Recipe.load(recipe, seed=5).stages] == [5, 5]
+
+
+def test_stage_that_does_not_fit_is_told_whatever_is_made_of_it(llamas):
+    wrong = {"name": "mean", "merge_method": "passthrough"}
+    wrong["slices"] = [{"sources": [{"model": str(llamas["a"]), "layer_range": [0, 9]}]}]
+    for last in ({"models": ["mean"], "merge_method": "linear"}, documents(llamas)[2] | {"models": ["mean"]}):
+        made = hf_merge.plan(hf_merge.Recipe.from_yaml(text([wrong, last])))
+        assert "In 'mean': " in made.errors[0].text and "asks for layers 0 to 9" in made.errors[0].text
+        assert str(made) and made.to_dict()

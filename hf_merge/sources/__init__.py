@@ -17,12 +17,12 @@ from hf_merge.sources.hub import download
 from hf_merge.sources.mapping import MappingSource
 from hf_merge.sources.module import ModuleSource
 from hf_merge.sources.quantized import dequantized
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.types import InMemory, ModelRef, Ref
 
 __all__ = ["Source", "download", "open_source", "open_sources"]
 
 
-def open_sources(models: Iterable[ModelRef | InMemory], **hub: Any) -> dict[ModelRef | InMemory, Source]:
+def open_sources(models: Iterable[Ref], **hub: Any) -> dict[Ref, Source]:
     """Open every model of a recipe.
 
     Args:
@@ -35,7 +35,7 @@ def open_sources(models: Iterable[ModelRef | InMemory], **hub: Any) -> dict[Mode
     return {model: open_source(model, **hub) for model in models}
 
 
-def open_source(model: ModelRef | InMemory, **hub: Any) -> Source:
+def open_source(model: Ref, **hub: Any) -> Source:
     """Open one model, dequantised if it is quantised; headers are read, values are not."""
     return dequantized(_open_reference(model, **hub) if isinstance(model, ModelRef) else _open_object(model))
 

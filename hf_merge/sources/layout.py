@@ -247,7 +247,7 @@ def _as_in(own: Mapping[str, str], live: str, tables: _compat.Conversion) -> str
     """Name a parameter that a file lacks as the file would: as in memory if all of it is, or as it is saved."""
     if all(name == other for name, other in own.items()):
         return live
-    return next(iter(tables.to_disk({live: tables.shapes[live]})))
+    return tables.saved_name(live)
 
 
 def _may_hold_a_copy(source: Source) -> bool:

@@ -18,7 +18,7 @@ from hf_merge.errors import SourceError
 from hf_merge.sources import Source, download
 from hf_merge.sources.checkpoint import read_json
 from hf_merge.tokenization.union import vocabulary_of
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.types import InMemory, Ref
 
 GENERATION = "generation_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
@@ -153,7 +153,7 @@ def _set(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_reference(model: ModelRef | InMemory, **hub: Any) -> LoadedTokenizer:
+def load_reference(model: Ref, **hub: Any) -> LoadedTokenizer:
     """Load the tokenizer of a model that is not merged; its weights are not fetched.
 
     Args:

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, mod
 
 from hf_merge.errors import did_you_mean
 from hf_merge.tokenization.chat_templates import BUILT_IN, template_error
-from hf_merge.types import InMemory, ModelRef, as_model
+from hf_merge.types import ModelRef, Ref, as_model
 
-Names = Mapping[ModelRef | InMemory, ModelRef]
+Names = Mapping[Ref, ModelRef]
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class ZeroRow:
 class ModelToken:
     """The row that a model has for some token of its own, by text or by id."""
 
-    model: ModelRef | InMemory
+    model: Ref
     token: str | None = None
     token_id: int | None = None
 
 
-RowSource = ModelRef | InMemory | ModelToken | ZeroRow
+RowSource = Ref | ModelToken | ZeroRow
 _KEYS = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
 
 
-def _as_source(value: Any) -> str | ModelRef | InMemory:
+def _as_source(value: Any) -> str | Ref:
     return value if isinstance(value, str) and value in ("union", "base") else as_model(value)
 
 
@@ -74,7 +74,7 @@ def _plain_row_source(value: RowSource) -> Any:
     return "zero" if isinstance(value, ZeroRow) else str(value)
 
 
-TokenizerSource = Annotated[str | ModelRef | InMemory, PlainValidator(_as_source), PlainSerializer(str)]
+TokenizerSource = Annotated[str | Ref, PlainValidator(_as_source), PlainSerializer(str)]
 
 
 class _Options(BaseModel):
@@ -100,7 +100,7 @@ class TokenOptions(_Options):
     force: bool = False
 
     @property
-    def models(self) -> tuple[ModelRef | InMemory, ...]:
+    def models(self) -> tuple[Ref, ...]:
         """The model that the row comes from, if it comes from one."""
         if isinstance(self.source, ModelToken):
             return (self.source.model,)
@@ -135,7 +135,7 @@ class TokenizerOptions(_Options):
         tokens = {token: options.renamed(names) for token, options in self.tokens.items()}
         return self.model_copy(update={"source": source, "tokens": tokens} if tokens else {"source": source})
 
-    def strangers(self, models: Sequence[ModelRef | InMemory]) -> Iterator[tuple[str, ModelRef | InMemory]]:
+    def strangers(self, models: Sequence[Ref]) -> Iterator[tuple[str, Ref]]:
         """Yield the tokens whose row comes from none of these models, with the model that they name."""
         for token, options in self.tokens.items():
             yield from ((token, model) for model in options.models if model not in models)

@@ -11,9 +11,8 @@ from hf_merge.planning import Problem
 from hf_merge.tokenization import union
 from hf_merge.tokenization.loading import LoadedTokenizer, load_reference, rebuilt
 from hf_merge.tokenization.options import TokenizerOptions
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.types import Ref
 
-Ref = ModelRef | InMemory
 _FIX = "set tokenizer_source: base, or name the model whose tokenizer the result should have"
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from hf_merge.sources import Source
 from hf_merge.sources.reindexed import Borrowed, Rows
 from hf_merge.tokenization.options import ModelToken, TokenOptions, ZeroRow
-from hf_merge.types import InMemory, ModelRef
+from hf_merge.types import Ref
 
-Ref = ModelRef | InMemory
 _ZERO, _MEAN = -1, -2
 
 
