@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
+from hf_merge.schedule import layer_of
 from hf_merge.types import TensorSpec
-
-_LAYER = re.compile(r"^(?P<stack>(?:[^.]+\.)*?)(?P<rest>\d+\..+)$")
 
 
 def same_stacks(specs: Mapping[str, TensorSpec], donor: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -40,8 +38,9 @@ def _stacks(specs: Mapping[str, TensorSpec]) -> dict[str, frozenset[tuple[str, t
     """Return the layers of each stack: the rest of every name after the stack's prefix, with its shape."""
     found: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, spec in specs.items():
-        if layer := _LAYER.match(name):
-            found.setdefault(layer["stack"], set()).add((layer["rest"], spec.shape))
+        stack, layer, rest = layer_of(name)
+        if layer is not None:
+            found.setdefault(stack, set()).add((f"{layer}{rest}", spec.shape))
     return {stack: frozenset(layers) for stack, layers in found.items()}
 
 
