@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError
 from hf_merge.execute import execute
+from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.lazy import LazyMerge
 from hf_merge.lineage import licence_problems, parts_of
 from hf_merge.placement import DeviceMap, place
@@ -28,9 +29,12 @@ from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
-from hf_merge.sources.checkpoint import PICKLES, Checkpoint, read_json
+from hf_merge.sources.checkpoint import Checkpoint
+from hf_merge.sources.folder import read_json
 from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.renamed import remapped
+from hf_merge.sources.weights import PICKLES
+from hf_merge.survey import surveyed
 from hf_merge.types import ModelRef, Ref
 from hf_merge.vocabulary import align_vocabularies
 from hf_merge.writer import WEIGHTS, Writer, refuse_existing
@@ -89,15 +93,17 @@ def plan(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
     **changes: Any,
 ) -> Plan:
-    """Say what a merge would do; of weights, only headers are read.
+    """Say what a merge would do; of weights, only headers are read, on the Hub too.
 
     Args:
         recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
         device_map: `auto`, a device, or prefixes of tensor names with devices.
         max_shard_size: of the output's files, in bytes or as `"5GB"`.
         token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+        stream: as in `merge`.
         **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, ...) or parameters of the method.
 
     Returns:
@@ -107,8 +113,8 @@ def plan(
         RecipeError: the recipe cannot be meant.
         SourceError: a model cannot be read.
     """
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    return _prepare(recipe, changes, device_map, max_shard_size, hub)[0]
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
+    return surveyed(*_prepare(recipe, changes, device_map, max_shard_size, hub))
 
 
 def merge(
@@ -122,6 +128,7 @@ def merge(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    stream: bool = False,
     card_template: str | Path | None = None,
     **changes: Any,
 ) -> MergedModel:
@@ -138,6 +145,8 @@ def merge(
         device_map: where tensors are computed: `auto`, a device, or prefixes of tensor names with devices.
         max_shard_size: of the output's files, in bytes or as `"5GB"`.
         token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+        stream: read tensors of models on the Hub by range, and keep no weights in the cache; without it the files
+            that hold what the recipe needs come into the cache while the merge already runs.
         card_template: a Jinja template for the model card instead of the built-in one.
         **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, `seed=`, ...) or parameters of the
             method; a list for a per-model parameter has one value for each model.
@@ -151,9 +160,10 @@ def merge(
         raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
     one_file = target.suffix == WEIGHTS
     refuse_existing(target, overwrite=overwrite)
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
     made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, hub)
     made.check()
+    check_downloads(remote_reads(made, sources))
     _refuse_own_input(target, sources)
     _try_card(made, sources, target.name, card_template)
     shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True)))
@@ -162,9 +172,11 @@ def merge(
         metadata={"hf_merge_recipe": shown.to_yaml()},
     )  # fmt: skip
     with writer:
+        if not one_file:
+            sources[made.donor].write_companions(writer.folder)
         _run(made, sources, writer)
         if not one_file:
-            _write_companions(made, sources, writer.folder, name=target.name, card_template=card_template)
+            _describe(made, sources, writer.folder, name=target.name, card_template=card_template)
     return MergedModel(target, made)
 
 
@@ -193,7 +205,11 @@ def merge_state_dicts(
     def write(name: str, start: int, values: Tensor) -> None:
         merged[name].view(-1)[start : start + values.numel()] = values.view(-1)
 
-    execute(made, sources, write)
+    reads, stop = remote_reads(made, sources), Event()
+    check_downloads(reads)
+    with fetching(reads, stop):
+        execute(made, sources, write, stop=stop)
+        check_assumed(sources)
     return merged
 
 
@@ -239,9 +255,11 @@ def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
             done += start + values.numel() == made.specs[name].numel
             bar.set_postfix_str(f"{done}/{len(made.steps)} tensors", refresh=False)
 
-    with bar:
+    stop = Event()
+    with bar, fetching(remote_reads(made, sources, writer.is_finished), stop):
         bar.update(sum(made.specs[name].nbytes for name in finished))
-        execute(made, sources, write, skip=writer.is_finished)
+        execute(made, sources, write, skip=writer.is_finished, stop=stop)
+        check_assumed(sources)
 
 
 def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> None:
@@ -252,12 +270,9 @@ def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path
         raise OutputError(f"The card cannot be written from '{template or 'merged.md'}': {error}.") from error
 
 
-def _write_companions(
-    made: Plan, sources: list[Source], folder: Path, *, name: str, card_template: str | Path | None
-) -> None:
-    """Write what belongs to the model beside its weights: tokenizer, recipe and card, and config.json last."""
-    donor, by_model = sources[made.donor], dict(zip(made.models, sources, strict=True))
-    donor.write_companions(folder)
+def _describe(made: Plan, sources: list[Source], folder: Path, *, name: str, card_template: str | Path | None) -> None:
+    """Write what says how the model was made and what it is: recipe and card, and config.json last."""
+    by_model = dict(zip(made.models, sources, strict=True))
     (folder / RECIPE_FILE).write_text(pinned_recipe(made.recipe, by_model).to_yaml(), encoding="utf-8")
     files = [path.name for path in folder.iterdir()]
     merged_card(made, sources, name, files=files, template=card_template).save(folder / "README.md")

@@ -91,7 +91,7 @@ def _named(model: Ref, source: Source, *, hide: bool) -> Any:
     """Pin the commits of a model and its adapter; hide whose machine a local path was on."""
     if isinstance(model, InMemory):
         return ModelRef(path=model.label) if hide else model
-    named = [_named_part(ref, part, hide=hide) for ref, part in zip(_refs(model), source.parts, strict=True)]
+    named = [_named_part(ref, part, hide=hide) for ref, part in zip(model.parts, source.parts, strict=True)]
     return named[0].with_lora(named[1] if len(named) > 1 else None)
 
 
@@ -101,20 +101,15 @@ def _named_part(ref: ModelRef, part: Source, *, hide: bool) -> ModelRef:
     return ModelRef(path=_local_name(ref)) if hide else ref
 
 
-def _refs(model: ModelRef) -> list[ModelRef]:
-    """A model without its adapter, and the adapter."""
-    return [model.with_lora(None), *([model.lora] if model.lora else [])]
-
-
 def _single_refs(model: Ref) -> list[Any]:
-    return [model] if isinstance(model, InMemory) else _refs(model)
+    return [model] if isinstance(model, InMemory) else model.parts
 
 
 def _local_name(model: Ref) -> str:
     """The last part of a path says what it is; the rest says whose machine it was on."""
     if isinstance(model, InMemory):
         return model.label
-    return "+".join(Path(ref.path).resolve().name for ref in _refs(model))
+    return "+".join(Path(ref.path).resolve().name for ref in model.parts)
 
 
 def _parts(sources: Mapping[Ref, Source]) -> list[Part]:

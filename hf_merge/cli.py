@@ -65,6 +65,7 @@ DeviceMap = Annotated[str, Option("--device-map", help="Where to compute: auto, 
 ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's files.")]
 Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
 CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
+Stream = Annotated[bool, Option("--stream", help="Read tensors on the Hub by range, and keep no weights in the cache.")]
 LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hub.")]
 
 
@@ -96,6 +97,7 @@ def merge(
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
+    stream: Stream = False,
 ) -> None:
     """Merge models into a folder that from_pretrained loads."""
     *sources, output = sources_and_output
@@ -109,7 +111,8 @@ def merge(
     )  # fmt: skip
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
-        max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **changes,
+        max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+        stream=stream, **changes,
     )  # fmt: skip
     for problem in merged.plan.problems:
         out.warning(problem.message)
@@ -134,6 +137,7 @@ def plan(
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
+    stream: Stream = False,
 ) -> None:
     """Say what a merge would read, write and need; only headers of weights are read."""
     changes = _changes(
@@ -142,7 +146,7 @@ def plan(
     )  # fmt: skip
     made = hf_merge.plan(
         _recipe(sources, method), device_map=device_map, max_shard_size=max_shard_size, token=token,
-        cache_dir=cache_dir, local_files_only=local_files_only, **changes,
+        cache_dir=cache_dir, local_files_only=local_files_only, stream=stream, **changes,
     )  # fmt: skip
     if out.mode.value == "json":
         out.dict(made.to_dict())

@@ -40,6 +40,7 @@ def execute(
     *,
     workers: int | None = None,
     skip: Callable[[str], bool] = lambda name: False,
+    stop: Event | None = None,
 ) -> None:
     """Compute every tensor of a plan and hand it to `write`, tile by tile.
 
@@ -49,6 +50,7 @@ def execute(
         write: where the tiles go.
         workers: threads; see `planning.default_workers`.
         skip: names of tensors that are not needed.
+        stop: is set when it breaks off, so that others who work for it end too.
 
     Raises:
         ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
@@ -56,7 +58,7 @@ def execute(
     steps = [step for step in plan.steps if not skip(step.name)]
     torch.empty(_KEPT, dtype=torch.uint8)  # never touched; once it is freed, glibc keeps freed blocks up to this size
     scratch = local()
-    stop = Event()
+    stop = stop or Event()
 
     def work(step: Step) -> None:
         if stop.is_set():
@@ -70,8 +72,9 @@ def execute(
     with _kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             _join([pool.submit(work, step) for step in steps])
-        finally:
+        except BaseException:
             stop.set()  # an error or Ctrl-C: what is queued ends at once
+            raise
 
 
 def compute(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:

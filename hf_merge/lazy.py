@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -52,5 +52,9 @@ class LazyMerge(Source):
             return None
         return hashlib.sha256(json.dumps([self.plan.fingerprint(), contents]).encode()).hexdigest()
 
-    def write_companions(self, folder: Path) -> None:
-        self._sources[self.plan.donor].write_companions(folder)
+    def origins(self, name: str) -> Iterator[tuple[Source, str]]:
+        for one in self._steps[name].reads:
+            yield from self._sources[one.model].origins(one.name)
+
+    def write_companions(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        self._sources[self.plan.donor].write_companions(folder, wanted)

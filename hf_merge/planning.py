@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,9 @@ MAX_SHARD_SIZE = "5GB"
 SINGLE_FILE = "model.safetensors"
 TILE = 1 << 18
 """Elements that an elementwise method sees at a time: small enough for the caches, large enough for torch."""
+
+RATES = {"network": 100e6, "disk": 1e9}
+"""Bytes a second that estimates of time take for granted."""
 
 MAX_WORKERS = 8
 """More would wait for the disk, and each has tensors in memory."""
@@ -95,6 +99,57 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What headers, config and card say of a model or an adapter.
+
+    Attributes:
+        name: how messages call it.
+        architecture: its class in transformers, if config.json names one.
+        tensors: how many it has.
+        size: of its weights, in bytes, as they are stored.
+        dtype: that most of these bytes have.
+        vocabulary: how many tokens config.json says that it has.
+        tied: whether its head is tied to its embeddings; None where that is not said.
+        quantised: by what.
+        licence: as its card says.
+        gated: whether the Hub asks for consent first.
+        custom_code: whether its config names code of its own, which hf_merge copies and does not run.
+        revision: the commit on the Hub.
+        download: bytes that a merge fetches of it, the rest being here or not needed.
+    """
+
+    name: str
+    architecture: str | None
+    tensors: int
+    size: int
+    dtype: str | None
+    vocabulary: int | None
+    tied: bool | None
+    quantised: str | None
+    licence: str
+    gated: bool
+    custom_code: bool
+    revision: str | None
+    download: int
+
+    def __str__(self) -> str:
+        told = [
+            self.architecture,
+            f"{self.tensors} tensors",
+            self.dtype,
+            format_bytes(self.size),
+            None if self.vocabulary is None else f"{self.vocabulary} tokens",
+            {True: "tied", False: "untied", None: None}[self.tied],
+            self.quantised and f"quantised by {self.quantised}",
+            f"licence {self.licence}",
+            "gated" if self.gated else None,
+            "custom code" if self.custom_code else None,
+            self.revision and f"commit {self.revision[:12]}",
+        ]
+        return f"{self.name}: {', '.join(one for one in told if one)}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a merge will do, decided from headers alone.
 
@@ -109,6 +164,8 @@ class Plan:
         problems: what was found.
         bytes_read: of all inputs, each read once.
         peak_memory: bytes of working memory, an upper estimate.
+        facts: what is known of every model, if `hf_merge.plan` was asked.
+        seconds: estimates of what takes time, by what takes it: `network`, `disk`, `arithmetic`.
     """
 
     recipe: Recipe
@@ -121,6 +178,8 @@ class Plan:
     bytes_read: int
     peak_memory: int
     stacks: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    facts: tuple[ModelFacts, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def layers(self, name: Callable[[Ref], str] = str) -> list[str]:
         """Say where rearranged layers come from: `model.layers: 48, like 0-23 of org/a, 8-31 of org/b`."""
@@ -145,6 +204,11 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         return sum(step.spec.nbytes for step in self.steps)
+
+    @property
+    def bytes_downloaded(self) -> int:
+        """How much comes from the Hub, as far as the facts are known."""
+        return sum(fact.download for fact in self.facts)
 
     @property
     def errors(self) -> tuple[Problem, ...]:
@@ -176,6 +240,9 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "peak_memory": self.peak_memory,
+            "bytes_downloaded": self.bytes_downloaded,
+            "seconds": dict(self.seconds),
+            "facts": [vars(fact) for fact in self.facts],
             "problems": [vars(problem) for problem in self.problems],
         }
 
@@ -239,16 +306,29 @@ def _describe(plan: Plan) -> Iterator[str]:
         "tensors": f"{len(plan.steps)} ({', '.join(f'{count} {name}' for name, count in methods.items())})",
         **({"layers": "; ".join(plan.layers())} if plan.stacks else {}),
         "dtype": str(plan.dtype).removeprefix("torch."),
+        **({"download": format_bytes(plan.bytes_downloaded)} if plan.bytes_downloaded else {}),
         "read": format_bytes(plan.bytes_read),
         "write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",
         "memory": f"about {format_bytes(plan.peak_memory)} of working memory",
         "devices": ", ".join(
             f"{device}: {count} tensors" for device, count in Counter(s.device for s in plan.steps).items()
         ),
+        **({"time": _time_in_words(plan.seconds)} if plan.seconds else {}),
         "problems": "none" if not plan.problems else str(len(plan.problems)),
     }
     yield from (f"  {name + ':':<13}{value}" for name, value in rows.items())
     yield from (f"    {problem}" for problem in plan.problems)
+    if plan.facts:
+        yield "  sources:"
+        yield from (f"    {fact}" for fact in plan.facts)
+
+
+def _time_in_words(seconds: Mapping[str, float]) -> str:
+    """Say how long it takes: arithmetic goes on while files come."""
+    total = max(seconds.get("network", 0), seconds["disk"] + seconds["arithmetic"])
+    told = "less than a minute" if total < 60 else f"about {math.ceil(total / 60)} minutes"
+    rates = [f"{rate} at {format_bytes(RATES[rate])}/s" for rate in RATES if seconds.get(rate)]
+    return f"{told} ({', '.join([*rates, 'arithmetic as measured here'])})"
 
 
 def format_bytes(count: float) -> str:

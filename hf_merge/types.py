@@ -198,6 +198,11 @@ class ModelRef(BaseModel):
             raise ValueError(f"'{text}' is not a model: write a folder, 'org/name' or 'org/name@revision'")
         return cls(path=path, revision=revision or None)
 
+    @property
+    def parts(self) -> list[ModelRef]:
+        """The model without its adapter, and the adapter."""
+        return [self.with_lora(None), *([self.lora] if self.lora else [])]
+
     def with_lora(self, lora: ModelRef | None) -> ModelRef:
         """Return the same model with another adapter, or with none."""
         return ModelRef(path=self.path, revision=self.revision, lora=lora)

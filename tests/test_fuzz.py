@@ -20,7 +20,9 @@ from hf_merge.errors import MergeError, RecipeError, SourceError
 from hf_merge.recipe import Recipe
 from hf_merge.sources import open_source
 from hf_merge.sources.adapter import CONFIG
-from hf_merge.sources.checkpoint import MAX_HEADER, Checkpoint, companions
+from hf_merge.sources.checkpoint import Checkpoint
+from hf_merge.sources.folder import Folder
+from hf_merge.sources.weights import MAX_HEADER
 from hf_merge.types import ModelRef
 
 fuzz = settings(
@@ -213,7 +215,7 @@ def read_or_our_error(folder, data, name="model.safetensors"):
     path = Path(folder) / name
     path.write_bytes(data)
     try:
-        source = Checkpoint(path, "m")
+        source = Checkpoint(Folder(path.parent), "m", file=path.name)
         for tensor in source:
             assert source[tensor].shape == source.specs[tensor].shape
             source[tensor].float().sum()
@@ -339,7 +341,7 @@ def test_header_of_100_mb_is_refused_before_it_is_read(tmp_path, size):
         file.truncate(8 + size)
     tracemalloc.start()
     with pytest.raises(SourceError, match=f"header has {size} bytes"):
-        Checkpoint(path, "m")
+        Checkpoint(Folder(path.parent), "m", file=path.name)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -408,7 +410,7 @@ def test_config_of_any_kind_is_read_or_refused(tmp_path, data):
 @settings(fuzz, max_examples=60)
 def test_listing_of_modules_of_any_kind_is_copied(tmp_path, data):
     (model_folder(tmp_path) / "modules.json").write_bytes(data)
-    assert [path.name for path in companions(tmp_path)] == ["modules.json"]
+    assert Folder(tmp_path).companions() == ["modules.json"]
 
 
 @given(
@@ -425,7 +427,7 @@ def test_listing_of_modules_of_any_kind_is_copied(tmp_path, data):
 def test_index_of_any_kind_is_read_or_refused(tmp_path, data):
     (tmp_path / "model.safetensors.index.json").write_bytes(data)
     with pytest.raises(SourceError):
-        Checkpoint(tmp_path, "m")
+        Checkpoint(Folder(tmp_path), "m")
 
 
 @given(

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import hf_merge
 from hf_merge.errors import SourceError
-from hf_merge.sources import download, open_source
-from hf_merge.sources.checkpoint import Checkpoint, companions
+from hf_merge.sources import open_source
+from hf_merge.sources.checkpoint import Checkpoint
+from hf_merge.sources.folder import Folder
 from hf_merge.types import InMemory, ModelRef
 
 STATE = {"b.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.arange(3, dtype=torch.int64)}
@@ -299,8 +300,7 @@ def test_companions_are_all_but_weights_and_card(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
-    found = {str(path.relative_to(tmp_path)) for path in companions(tmp_path)}
-    assert found == set(keep)
+    assert set(Folder(tmp_path).companions()) == set(keep)
 
 
 def test_hub_model_in_the_cache_is_read_and_pinned_to_its_commit(llamas, tmp_path):
@@ -332,33 +332,3 @@ def test_opening_reads_no_more_than_headers(tmp_path):
     call = [sys.executable, "-c", code, str(tmp_path)]
     grown = int(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
     assert grown < 4096, f"planning mapped in {grown} kB of a file of 16 MB"
-
-
-@pytest.mark.parametrize(
-    ("files", "fetched"),
-    [
-        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
-        (["pytorch_model.bin"], ["pytorch_model.bin"]),
-        (["model.safetensors", "2_Dense/pytorch_model.bin"], ["model.safetensors", "2_Dense/pytorch_model.bin"]),
-        (
-            ["model.safetensors", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin"],
-            ["model.safetensors", "2_Dense/model.safetensors"],
-        ),
-    ],
-)
-def test_pickles_are_fetched_only_where_there_are_no_safetensors(files, fetched, tmp_path, monkeypatch):
-    from huggingface_hub.utils import filter_repo_objects
-
-    def snapshot(name, *, allow_patterns=None, ignore_patterns=None, **options):
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
-            path = tmp_path / file
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("x")
-        return str(tmp_path)
-
-    dense = any("Dense" in file for file in files)
-    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, *([{"path": "2_Dense"}] if dense else [])]))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    download(ModelRef(path="org/name"))
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {*fetched, "modules.json"}

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from hf_merge.architecture import disk_names
 from hf_merge.errors import SourceError, shown
 from hf_merge.sources.base import Source
-from hf_merge.sources.checkpoint import Checkpoint, read_object
+from hf_merge.sources.checkpoint import Checkpoint
+from hf_merge.sources.folder import Folder, read_object
 from hf_merge.sources.quantized import CONV1D_MODELS
 from hf_merge.sources.view import Made, View
 from hf_merge.types import TensorSpec
@@ -94,7 +94,8 @@ class WithAdapter(View):
         keys = [key for key in (change.weight, change.left, change.right, change.bias) if key is not None]
         reads = () if change.weight else (name,)
         elsewhere = sum(self.adapter.specs[key].nbytes for key in keys)
-        return Made(spec, partial(self._changed, name, change), reads, elsewhere)
+        borrowed = tuple((self.adapter, key) for key in keys)
+        return Made(spec, partial(self._changed, name, change), reads, elsewhere, borrowed)
 
     def _changed(self, name: str, change: Change) -> Tensor:
         """Compute one tensor, a few rows at a time."""
@@ -118,7 +119,7 @@ class WithAdapter(View):
         return made
 
 
-def open_adapter(folder: Path, label: str, **hub: Any) -> tuple[Checkpoint, Mapping[str, Any]]:
+def open_adapter(folder: Folder, label: str, **hub: Any) -> tuple[Checkpoint, Mapping[str, Any]]:
     """Open the files of an adapter.
 
     Args:
@@ -129,10 +130,10 @@ def open_adapter(folder: Path, label: str, **hub: Any) -> tuple[Checkpoint, Mapp
     Raises:
         SourceError: there is no adapter, or it cannot be read.
     """
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None or not (folder / CONFIG).is_file():
+    weights = next((name for name in WEIGHTS if name in folder), None)
+    if weights is None or CONFIG not in folder:
         raise SourceError(f"'{label}' is no PEFT adapter: it lacks {CONFIG} or {WEIGHTS[0]}.")
-    return Checkpoint(weights, label, **hub), read_object(folder / CONFIG)
+    return Checkpoint(folder, label, file=weights, **hub), read_object(folder.paths([CONFIG])[0])
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Source(Mapping[str, Tensor]):
         folders: of further modules with weights of their own; their tensors are named `2_Dense/linear.weight`.
         card_data: what the card beside it says, as far as it is well formed; None if it has none. An adapter has one
             of its own, and so has each model of a merge: ask the `parts`.
+        gated: whether the Hub asks for consent before it gives the model away.
         shared: names whose values are those of another, stored once: the other.
     """
 
@@ -37,6 +38,7 @@ class Source(Mapping[str, Tensor]):
     parents: Mapping[Ref, Source] = {}
     folders: tuple[str, ...] = ()
     card_data: ModelCardData | None = None
+    gated: bool = False
     shared: Mapping[str, str] = {}
 
     @abstractmethod
@@ -66,8 +68,17 @@ class Source(Mapping[str, Tensor]):
         """Identify the contents across processes without reading them; None if that cannot be done."""
         return None
 
-    def write_companions(self, folder: Path) -> None:
-        """Write all that belongs to the model but weights, card and config.json: tokenizer, processor, code."""
+    def origins(self, name: str) -> Iterator[tuple[Source, str]]:
+        """Yield the tensors of models as they are stored that a tensor is made of, as far as they are known."""
+        yield self, name
+
+    def write_companions(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Write what belongs to the model but weights, card and config.json: tokenizer, processor, code.
+
+        Args:
+            folder: where to write.
+            wanted: tells by a file's name whether it is needed.
+        """
 
 
 def stored_once(tensors: Mapping[str, Tensor]) -> dict[str, str]:

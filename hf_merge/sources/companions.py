@@ -23,6 +23,6 @@ class WithCompanions(View):
         super().__init__(source, {})
         self.config, self._change = config, change
 
-    def write_companions(self, folder: Path) -> None:
-        self.source.write_companions(folder)
+    def write_companions(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        self.source.write_companions(folder, wanted)
         self._change(folder)

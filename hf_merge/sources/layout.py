@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_merge import _compat
 from hf_merge.sources.base import Source
+from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.stacks import same_stacks
 from hf_merge.sources.view import Made, View
 from hf_merge.types import Ref, TensorSpec
@@ -264,7 +265,16 @@ def _is_copy(source: Source, alias: str, target: str) -> bool:
         return target in source.specs
     if source.shared.get(alias) == target:
         return True
-    return source.specs[alias] == source.specs[target] and torch.equal(source[alias], source[target])
+    return source.specs[alias] == source.specs[target] and _same_values(source, alias, target)
+
+
+def _same_values(source: Source, first: str, second: str) -> bool:
+    """Compare two tensors; those on the Hub by samples, which are looked at again when the tensors are here."""
+    origins = [[*source.origins(name)] for name in (first, second)]
+    leaves = [found[0] for found in origins if len(found) == 1]
+    if len(leaves) == 2 and isinstance(leaf := leaves[0][0], Checkpoint) and leaf is leaves[1][0]:
+        return leaf.same_values(leaves[0][1], leaves[1][1])
+    return torch.equal(source[first], source[second])
 
 
 def _is_apart(offer: _Offer, way: _Way | None) -> bool:

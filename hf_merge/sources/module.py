@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class ModuleSource(Source):
         with align_module_device(module, torch.device("cpu")):
             return getattr(module, leaf).detach()
 
-    def write_companions(self, folder: Path) -> None:
+    def write_companions(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         generation: Any = getattr(self._module, "generation_config", None)
         if hasattr(generation, "save_pretrained"):
             generation.save_pretrained(folder)

@@ -80,6 +80,12 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
+def quantised_by(config: Mapping[str, Any]) -> str | None:
+    """Name what quantised a model, or nothing."""
+    found = quantization_of(config)
+    return None if found is None else str(_method(found) or "an unnamed method")
+
+
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without its quantisation, nested ones too."""
     kept = {key: value for key, value in config.items() if key not in _CONFIGS}
@@ -238,7 +244,14 @@ def _bitsandbytes(source: Source, config: Mapping[str, Any], dtype: torch.dtype)
         elif spec.dtype != torch.int8 or len(spec.shape) != 2 or rows is None or rows.numel != spec.shape[0]:
             raise _refused(source, name, "it should be int8 with one number of SCB for each row")
         else:
-            yield name, Made(TensorSpec(spec.shape, dtype), partial(_read_int8, source, name, dtype), (name,))
+            yield (
+                name,
+                Made(
+                    TensorSpec(spec.shape, dtype),
+                    partial(_read_int8, source, name, dtype),
+                    (name, f"{name.removesuffix('.weight')}.SCB"),
+                ),
+            )
 
 
 def _read_int8(source: Source, name: str, dtype: torch.dtype) -> Tensor:

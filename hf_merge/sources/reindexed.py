@@ -89,7 +89,8 @@ class Reindexed(View):
         spec = TensorSpec((len(rows.own), *source.specs[name].shape[1:]), source.specs[name].dtype)
         row = spec.nbytes // max(len(rows.own), 1)
         elsewhere = sum(len(part.rows) * row for part in (*rows.borrowed, *rows.shared))
-        return Made(spec, lambda: gather(source[name], rows), (name,), elsewhere)
+        borrowed = tuple((part.source, part.name) for part in (*rows.borrowed, *rows.shared))
+        return Made(spec, lambda: gather(source[name], rows), (name,), elsewhere, borrowed)
 
     def fingerprint(self) -> str | None:
         """That of the model, and which rows are gathered."""

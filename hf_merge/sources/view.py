@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ class Made:
         read: how it is had.
         reads: the source's tensors that it is made of.
         elsewhere: bytes that are read beside those.
+        borrowed: tensors of other sources that it is made of too.
         mapped: whether it lies in the source's memory, as one under another name does.
     """
 
@@ -31,6 +32,7 @@ class Made:
     read: Callable[[], Tensor]
     reads: tuple[str, ...] = ()
     elsewhere: int = 0
+    borrowed: tuple[tuple[Source, str], ...] = ()
     mapped: bool = False
 
 
@@ -86,5 +88,12 @@ class View(Source):
     def fingerprint(self) -> str | None:
         return self.source.fingerprint()
 
-    def write_companions(self, folder: Path) -> None:
-        self.source.write_companions(folder)
+    def origins(self, name: str) -> Iterator[tuple[Source, str]]:
+        made = self._made.get(name)
+        for part in (name,) if made is None else made.reads:
+            yield from self.source.origins(part)
+        for source, part in () if made is None else made.borrowed:
+            yield from source.origins(part)
+
+    def write_companions(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        self.source.write_companions(folder, wanted)

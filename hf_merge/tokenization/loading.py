@@ -16,7 +16,7 @@ from typing import Any
 from hf_merge import _compat
 from hf_merge.errors import SourceError
 from hf_merge.sources import Source, download
-from hf_merge.sources.checkpoint import read_json
+from hf_merge.sources.folder import read_json
 from hf_merge.tokenization.union import vocabulary_of
 from hf_merge.types import InMemory, Ref
 
@@ -29,6 +29,9 @@ _FILES = {
     "tekken.json", "encoder.json", "normalizer.json", "entity_vocab.json", "emoji.json", *_TEMPLATES,
 }  # fmt: skip
 _KEPT = {"tokenizer.json", "tokenizer_config.json", *_TEMPLATES}
+_DOCUMENTS = (
+    ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".wav", ".pdf", ".md", ".ipynb", ".csv", ".log", ".html"
+)  # fmt: skip
 _PATTERNS = re.compile(r"\.tiktoken$|^tokenizer\.model\.v\d|^tokenization_.*\.py$|^qwen\.tiktoken$")
 
 
@@ -87,8 +90,13 @@ def load_tokenizer(source: Source, known: Known | None = None) -> LoadedTokenize
         SourceError: it has none, or one that cannot be loaded.
     """
     with scratch_model(source.config) as folder:
-        source.write_companions(folder)
+        source.write_companions(folder, _may_matter)
         return load_folder(folder, source.label, known)
+
+
+def _may_matter(name: str) -> bool:
+    """Tell whether a tokenizer may need a file: some have vocabularies of unusual names, none has pictures."""
+    return not name.lower().endswith(_DOCUMENTS)
 
 
 def load_folder(folder: Path, label: str, known: Known | None = None) -> LoadedTokenizer:

@@ -10,7 +10,10 @@ from pydantic_core import from_json
 from hf_merge.planning import Problem
 from hf_merge.sources import Source
 from hf_merge.sources.checkpoint import Checkpoint
+from hf_merge.sources.folder import Folder
 from hf_merge.tokenization.union import vocabulary_of
+
+_TOKENIZER = "tokenizer.json"
 
 
 def differences(sources: Mapping[Any, Source], donor: Any) -> Iterator[Problem]:
@@ -18,8 +21,9 @@ def differences(sources: Mapping[Any, Source], donor: Any) -> Iterator[Problem]:
 
     Models whose files are equal, or whose tokenizer is not in a folder, are taken for alike.
     """
-    mine = _content(sources[donor])
-    for ref, source in sources.items():
+    others = {ref: source for ref, source in sources.items() if not _same_file(source, sources[donor])}
+    mine = _content(sources[donor]) if others else None
+    for ref, source in others.items():
         theirs = _content(source) if ref != donor and mine is not None else None
         if mine is None or theirs is None or mine == theirs:
             continue
@@ -28,13 +32,25 @@ def differences(sources: Mapping[Any, Source], donor: Any) -> Iterator[Problem]:
             yield from _compare(sources[donor].label, left, source.label, right)
 
 
+def _folder(source: Source) -> Folder | None:
+    """Return the folder of a model that has a tokenizer.json in it."""
+    own = source.parts[0]
+    return own.folder if isinstance(own, Checkpoint) and not own.path.is_file() and _TOKENIZER in own.folder else None
+
+
+def _same_file(first: Source, second: Source) -> bool:
+    """Tell whether two models' tokenizers are the same file, without fetching it."""
+    folders = [_folder(source) for source in (first, second)]
+    known = {folder.identity(_TOKENIZER) if folder else None for folder in folders}
+    return len(known) == 1 and None not in known
+
+
 def _content(source: Source) -> bytes | None:
     """Return tokenizer.json up to its merges, which are most of it and of no concern here."""
-    own = source.parts[0]
-    path = own.path / "tokenizer.json" if isinstance(own, Checkpoint) else None
-    if path is None or not path.is_file():
+    folder = _folder(source)
+    if folder is None:
         return None
-    content = path.read_bytes()
+    content = folder.paths([_TOKENIZER])[0].read_bytes()
     end = content.rfind(b'"merges"')
     return content if end < 0 else content[:end]
 

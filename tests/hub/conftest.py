@@ -21,8 +21,16 @@ from tests.hub.store import LARGE, Blob, Repo, Token
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Code that makes huggingface_hub try again at once.
+IMPATIENT = """
+import huggingface_hub.utils._http
+huggingface_hub.utils._http.time.sleep = lambda seconds: None
+"""
+
 # Code that says how hf_merge refuses to merge some models into `out`.
-REFUSED = """
+REFUSED = (
+    IMPATIENT
+    + """
 import hf_merge
 def told(*models, **more):
     try:
@@ -30,6 +38,7 @@ def told(*models, **more):
     except hf_merge.MergeError as error:
         return [type(error).__name__, str(error)]
 """
+)
 
 
 @dataclass

@@ -25,7 +25,7 @@ class Watched(MappingSource):
     def fingerprint(self):
         return "x"
 
-    def write_companions(self, folder):
+    def write_companions(self, folder, wanted=None):
         (folder / "companion").write_text("mine")
 
 
