@@ -1,14 +1,17 @@
 """The real clients of Hugging Face against the Hub of these tests: what works there is what they need of a Hub."""
 
+import hashlib
+
 import pytest
 
-from tests.hub.conftest import Account
+from tests.hub.conftest import Account, both_ways
 from tests.hub.server import Fault
 
 pytestmark = pytest.mark.e2e
 
 
-def test_a_folder_goes_up_and_comes_back(account: Account, llamas, tmp_path):
+@both_ways
+def test_a_folder_goes_up_and_comes_back(account: Account, llamas, xet):
     got = account.python(
         """
         from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
@@ -48,7 +51,12 @@ def test_a_folder_goes_up_and_comes_back(account: Account, llamas, tmp_path):
     assert len(got["titles"]) == 3 and got["titles"][-1].startswith("initial commit")
     assert got["files"] == sorted([".gitattributes", *(path.name for path in llamas["a"].iterdir())])
     assert got["paths"] == ["config.json"]
-    assert len(account.seen("PUT")) == 0 and len(account.seen("GET", "resolve/")) == len(got["files"])
+    assert account.hub.store.large[hashlib.sha256(content).hexdigest()] == content
+    large = {
+        kind: len(account.seen(*kind)) for kind in (("PUT", "/cdn/"), ("GET", "/cdn/"), ("GET", "/xet-read-token/"))
+    }
+    assert list(large.values()) == ([0, 0, 1] if xet else [1, 1, 0])
+    assert len(account.seen("GET", "/resolve/")) == len(got["files"]) - xet
 
 
 def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
@@ -84,10 +92,11 @@ def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
     assert got["tensors"] == 30 and got["same"]
     assert got["tail"] == [206, f"bytes {size - 4}-{size - 1}/{size}", 4]
     assert got["beyond"] == [416, f"bytes */{size}"]
-    ranged = [each for each in account.seen("GET", "model.safetensors") if each.range]
+    ranged = [each for each in account.seen("GET", "/cdn/") if each.range]
     assert {each.status for each in ranged} == {206, 416} and all(each.sent <= 100_001 for each in ranged)
 
 
+@both_ways
 def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Account, llamas):
     pushed = """
         import torch
@@ -225,7 +234,7 @@ def test_refusals_and_rights(account: Account, llamas):
 def test_faults_strike_the_requests_they_name(account: Account, llamas):
     """The client fetches again what is cut; a silent loss is found; an error is what it is."""
     account.put("m", llamas["a"])
-    weights, config = f"{account.name}/m/resolve/.*model.safetensors", f"{account.name}/m/resolve/.*/config.json"
+    weights, config = f"cdn/{account.name}/m/.*model.safetensors", f"{account.name}/m/resolve/.*/config.json"
     account.hub.faults += [
         Fault("cut", weights, method="GET", last=1, after=1000),
         Fault("short", config, method="GET", last=1, after=10),
@@ -255,6 +264,6 @@ def test_faults_strike_the_requests_they_name(account: Account, llamas):
     content = (llamas["a"] / "model.safetensors").read_bytes()
     with open(got["weights"], "rb") as file:
         assert file.read() == content
-    assert [each.sent for each in account.seen("GET", "model.safetensors")] == [1000, len(content)]
+    assert [each.sent for each in account.seen("GET", "/cdn/")] == [1000, len(content)]
     assert "Consistency check failed" in got["config"][0] and got["config"][1].endswith("config.json")
     assert "503" in got["info"][0] and got["info"][1] == f"{account.name}/m" and got["waited"] >= 0.2
