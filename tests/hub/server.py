@@ -198,6 +198,7 @@ def _repo_routes(api: Api, kind: str) -> list[tuple[str, str, Endpoint]]:
         ("GET", f"{repo}/discussions", api.discussions),
         ("POST", f"{repo}/discussions", api.discuss),
         ("GET", f"{repo}/discussions/{{num:int}}", api.discussion),
+        ("POST", f"{repo}/lfs-files/duplicate", api.duplicate),
         ("GET", f"{repo}/xet-write-token/{{rev}}", api.xet_write),
         ("GET", f"{repo}/xet-read-token/{{rev}}", api.xet_read),
         ("POST", f"{page}.git/info/lfs/objects/batch", api.large_batch),
@@ -437,6 +438,15 @@ class Api:
         more = {"changes": {"base": found.base}, "filesWithConflicts": []} if found.pull_request else {}
         return JSONResponse({**_discussion(repo, found), "events": [], **more})
 
+    async def duplicate(self, request: Request) -> Response:
+        """Give large files of one repository to another, before a commit there names them."""
+        repo, body = self.store.readable(_id(request), self.hub.token(request)), await request.json()
+        self.store.writable(_key(body["target"]["type"], body["target"]["name"]), self.hub.token(request))
+        commits = [commit for head in repo.refs.values() for commit in head.history()]
+        there = {blob.sha256 for commit in commits for blob in commit.files.values() if blob.large}
+        failed = [{**file, "error": "no such file"} for file in body["files"] if file["sha256"] not in there]
+        return JSONResponse({"failed": failed})
+
     async def large_batch(self, request: Request) -> Response:
         token = self.hub.token(request)
         if token is None or not token.write:
@@ -524,8 +534,12 @@ def _revision(request: Request) -> str:
 def _wanted(body: dict[str, Any], token: Token | None) -> str:
     """Return the id of the repository that a request to make or delete one names."""
     namespace = body.get("organization") or (token.user if token else "")
-    kind = body.get("type") or "model"
-    return f"{'' if kind == 'model' else f'{kind}s/'}{namespace}/{body['name']}"
+    return _key(body.get("type") or "model", f"{namespace}/{body['name']}")
+
+
+def _key(kind: str, repo_id: str) -> str:
+    """Return the id by which the store knows a `model`, `dataset` or `space`."""
+    return repo_id if kind == "model" else f"{kind}s/{repo_id}"
 
 
 def _info(repo: Repo, commit: Commit, blobs: bool) -> dict[str, Any]:

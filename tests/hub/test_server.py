@@ -267,3 +267,132 @@ def test_faults_strike_the_requests_they_name(account: Account, llamas):
     assert [each.sent for each in account.seen("GET", "/cdn/")] == [1000, len(content)]
     assert "Consistency check failed" in got["config"][0] and got["config"][1].endswith("config.json")
     assert "503" in got["info"][0] and got["info"][1] == f"{account.name}/m" and got["waited"] >= 0.2
+
+
+def test_large_files_come_from_another_host_whose_links_expire(account: Account, llamas):
+    """The address tells all that a client must know, opens without a token, and not for ever."""
+    account.put("m", llamas["a"], private=True)
+    content = (llamas["a"] / "model.safetensors").read_bytes()
+    asked = """
+        import os
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.utils import get_session
+        url = hf_hub_url(f"{org}/m", "model.safetensors")
+        found = get_hf_file_metadata(url)
+        result = {
+            "told": [found.commit_hash, found.etag, found.size, found.location],
+            "got": len(get_session().get(found.location, headers={"range": "bytes=8-"}).content),
+            "forged": get_session().get(found.location.replace("Expires=", "Expires=1")).status_code,
+            "mixed": get_session().get(found.location, headers={"authorization": "Bearer x"}).status_code,
+        }
+    """
+    got = account.python(asked, token=account.read)
+    commit, digest = (
+        account.hub.store.repos[f"{account.name}/m"].commit("main").sha,
+        hashlib.sha256(content).hexdigest(),
+    )
+    *told, link = got["told"]
+    assert told == [commit, digest, len(content)] and link.startswith(
+        f"{account.hub.cdn}/cdn/{account.name}/m/{digest}/"
+    )
+    assert got["got"] == len(content) - 8 and (got["forged"], got["mixed"]) == (403, 400)
+    assert [each.authorized for each in account.seen("GET", "/cdn/")] == [False, False, True]
+    account.hub.log[:] = [each for each in account.hub.log if each.status != 400]  # ours, not the client's
+    account.hub.expire_links()
+    account.hub.switches.xet = False  # now the client itself must take its token off
+    again = """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import get_session
+        result = {"old": get_session().get(link).status_code, "new": hf_hub_download(f"{org}/m", "model.safetensors")}
+    """
+    got = account.python(again, token=account.read, link=link)
+    with open(got["new"], "rb") as file:
+        assert got["old"] == 403 and file.read() == content
+    assert [each.authorized for each in account.seen("HEAD", "model.safetensors")] == [True, True]
+
+
+def test_lists_come_in_pages(account: Account, tmp_path):
+    """The client reads on where the Hub says that there is more."""
+    for name in ("a/1", "a/2", "b/1", "c"):
+        (tmp_path / "m" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "m" / name).write_text(name)
+        account.put("m", tmp_path / "m")
+    account.hub.switches.page_size = 2
+    got = account.python("""
+        from huggingface_hub import HfApi, snapshot_download
+        import os
+        api, repo = HfApi(), f"{org}/m"
+        result = {
+            "files": api.list_repo_files(repo), "commits": len(api.list_repo_commits(repo)),
+            "tree": [each.path for each in api.list_repo_tree(repo)],
+            "below": [each.path for each in api.list_repo_tree(repo, path_in_repo="a")],
+            "snapshot": sum(len(files) for _, _, files in os.walk(snapshot_download(repo))),
+        }
+    """)
+    assert sorted(got["files"]) == [".gitattributes", "a/1", "a/2", "b/1", "c"] and got["snapshot"] == 5
+    assert got["commits"] == 5 and got["tree"] == ["a", "b", ".gitattributes", "c"] and got["below"] == ["a/1", "a/2"]
+    assert [each.query for each in account.seen("GET", "/commits/")] == ["", "cursor=2", "cursor=4"]
+
+
+@both_ways
+def test_copies_and_deletions_in_commits(account: Account, llamas, xet):
+    """Large files are copied by name alone, from other repositories too; what is not there is refused."""
+    account.put("from", llamas["a"], private=True)
+    account.put("stranger", llamas["b"], private=True)
+    account.hub.store.repos[f"{account.name}-stranger/m"] = account.hub.store.repos.pop(f"{account.name}/stranger")
+    account.hub.store.repos[f"{account.name}-stranger/m"].id = f"{account.name}-stranger/m"
+    got = account.python(
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+        api, to = HfApi(), f"{org}/to"
+        api.create_repo(to)
+        def copy(name, new, repo=f"{org}/from"):
+            return CommitOperationCopy(name, new, src_repo_id=repo, src_repo_type="model")
+        def commit(*operations, **more):
+            try:
+                return api.create_commit(to, operations, commit_message="m", **more).oid
+            except Exception as error:
+                response = getattr(error, "response", None)
+                return [type(error).__name__, None if response is None else response.status_code]
+        other = CommitOperationCopy("a/model.safetensors", "b/model.safetensors")
+        oids = [
+            commit(copy("model.safetensors", "a/model.safetensors"), copy("config.json", "a/config.json")),
+            commit(other, CommitOperationAdd("new.bin", b"new"), CommitOperationAdd("note.txt", b"note")),
+            commit(CommitOperationDelete("a/"), CommitOperationDelete("note.txt")),
+        ]
+        gone = CommitOperationAdd("gone.bin", b"gone")  # the client takes it for one that it has sent
+        gone._is_uploaded, gone._upload_mode, gone._should_ignore, gone._remote_oid = True, "lfs", False, None
+        refused = {
+            "hidden": commit(copy("model.safetensors", "c", repo=f"{org}-stranger/m")),
+            "missing": commit(copy("nothing.bin", "c")),
+            "gone": commit(gone),
+            "deleted": commit(CommitOperationDelete("note.txt")),
+        }
+        known = [UploadInfo.from_bytes(each) for each in (open(weights, "rb").read(), b"new", b"gone")]
+        actions, _, _ = post_lfs_batch_info(known, None, "model", to)
+        result = {
+            "oids": len(set(oids)), "refused": refused, "files": api.list_repo_files(to),
+            "there": ["actions" not in each for each in actions],
+            "copied": hf_hub_download(to, "b/model.safetensors"), "new": hf_hub_download(to, "new.bin"),
+            "commits": len(api.list_repo_commits(to)),
+        }
+        """,
+        token=account.write,
+        weights=str(llamas["a"] / "model.safetensors"),
+    )
+    assert got["refused"] == {
+        "hidden": ["RepositoryNotFoundError", 404],
+        "missing": ["EntryNotFoundError", None],
+        "gone": ["BadRequestError", 400],
+        "deleted": ["RemoteEntryNotFoundError", 404],
+    }
+    assert got["oids"] == 3 and got["commits"] == 4 and got["there"] == [True, True, False]
+    assert sorted(got["files"]) == [".gitattributes", "b/model.safetensors", "new.bin"]
+    with open(got["copied"], "rb") as copied, open(got["new"], "rb") as new:
+        assert copied.read() == (llamas["a"] / "model.safetensors").read_bytes() and new.read() == b"new"
+    assert len(account.seen("PUT")) == (0 if xet else 1)
+    lines = next(each for each in account.seen("POST", "/to/commit/")).body
+    assert [line["key"] for line in lines] == ["header", "lfsFile", "file"] and "size" not in lines[1]["value"]
+    assert account.seen("POST", "/to/commit/")[0].authorized
