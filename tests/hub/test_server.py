@@ -396,3 +396,151 @@ def test_copies_and_deletions_in_commits(account: Account, llamas, xet):
     lines = next(each for each in account.seen("POST", "/to/commit/")).body
     assert [line["key"] for line in lines] == ["header", "lfsFile", "file"] and "size" not in lines[1]["value"]
     assert account.seen("POST", "/to/commit/")[0].authorized
+
+
+@both_ways
+def test_a_push_that_failed_anywhere_is_repeated_and_ends_in_one_commit(account: Account, tmp_path, xet):
+    """What was carried out is not undone, a repeat meets it, and a client with Xet repeats the commit by itself."""
+    org, requests = account.name, ["ask", "token", "end"] if xet else ["ask", "batch", "put", "verify", "end"]
+    account.hub.faults += [
+        Fault("twice", f"{org}/twice/commit/", last=1),
+        Fault("twice", f"{org}/stale/commit/", last=1, status=503),
+        Fault("cut", f"{org}/cut/commit/", last=1, after=10),
+        *(Fault("forbidden", rf"{org}/{name}\b", first=n, last=n) for n, name in enumerate(requests, 1)),
+    ]
+    got = account.python(
+        """
+        from pathlib import Path
+        from huggingface_hub import HfApi
+        api, result = HfApi(), {}
+        def pushed(name, **more):
+            try:
+                api.upload_folder(repo_id=f"{org}/{name}", folder_path=Path(folder, name), **more)
+            except Exception as error:
+                response = getattr(error, "response", None)
+                return type(error).__name__ if response is None else response.status_code
+        for name in ["twice", "stale", "cut", *requests]:
+            Path(folder, name).mkdir()
+            Path(folder, name, "weights.bin").write_text(f"of {name}")
+            api.create_repo(f"{org}/{name}")
+            parent = api.list_repo_commits(f"{org}/{name}")[0].commit_id if name == "stale" else None
+            result[name] = [pushed(name, parent_commit=parent), pushed(name)]
+        """,
+        token=account.write,
+        requests=requests,
+        folder=tmp_path,
+    )
+    first = (
+        {"twice": None, "stale": 412, "cut": None}
+        if xet
+        else {"twice": 500, "stale": 503, "cut": "RemoteProtocolError"}
+    )
+    told = {"token": "ConnectionError", "put": "RuntimeError", "verify": "RuntimeError"}  # what the client makes of 403
+    denied = {name: told.get(name, 403) for name in requests}
+    assert got == {name: [failed, None] for name, failed in (first | denied).items()}
+    for name in got:
+        repo = account.hub.store.repos[f"{org}/{name}"]
+        assert repo.commit("main").files["weights.bin"].content == f"of {name}".encode()
+        assert len(repo.commit("main").history()) == 2
+    tried = [each.status for each in account.seen("POST", "/stale/commit/")]
+    assert tried == ([503, 412] if xet else [503])
+
+
+def test_a_commit_that_changes_nothing(account: Account, tmp_path):
+    """The real Hub makes it where a client sends it, and the client of the Hub sends it where an answer was lost."""
+    account.hub.switches.empty_commits = True
+    account.hub.faults.append(Fault("twice", f"{account.name}/m/commit/", last=1))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "note.txt").write_text("note")
+    asked = """
+        from huggingface_hub import HfApi
+        HfApi().create_repo(f"{org}/m")
+        HfApi().upload_folder(repo_id=f"{org}/m", folder_path=folder)
+        result = len(HfApi().list_repo_commits(f"{org}/m"))
+    """
+    assert account.python(asked, token=account.write, xet=True, folder=tmp_path / "m") == 3
+
+
+def test_jobs_are_asked_for_looked_at_and_priced(account: Account, tmp_path):
+    """A local script reaches a job through a bucket; who may not write in the namespace runs none there."""
+    (tmp_path / "script.py").write_text("print('merged')")
+    account.hub.switches.job_logs = ("one", "two")
+    got = account.python(
+        """
+        from huggingface_hub import HfApi, Volume
+        api = HfApi()
+        def refused(**more):
+            try:
+                api.run_job(image="python", command=["true"], namespace=org, **more)
+            except Exception as error:
+                return error.response.status_code
+        model = Volume(type="model", source=f"{org}/m", mount_path="/models/m", revision="main")
+        job = api.run_uv_job(script, script_args=["--x", "1"], dependencies=["hf-merge"], flavor="a10g-large",
+                             secrets={"HF_TOKEN": "hf_secret"}, env={"A": "b"}, timeout="2h", volumes=[model])
+        stages = [job.status.stage, *(api.inspect_job(job_id=job.id).status.stage for _ in range(4))]
+        other = api.run_job(image="python:3.12", command=["python", "-V"])
+        api.cancel_job(job_id=other.id)
+        result = {
+            "url": job.url, "stages": stages, "waited": api.wait_for_job(job.id).status.stage, "flavor": job.flavor,
+            "secrets": job.secrets, "volumes": [[each.type, each.source] for each in job.volumes],
+            "logs": [list(api.fetch_job_logs(job_id=job.id, **more)) for more in ({}, {"follow": True}, {"tail": 1})],
+            "jobs": {each.id: each.status.stage for each in api.list_jobs()}, "ids": [job.id, other.id],
+            "prices": {each.name: each.unit_cost_usd for each in api.list_jobs_hardware() if each.accelerator},
+            "refused": [refused(token=read), refused(token=stranger), refused(flavor="abacus")],
+        }
+        """,
+        token=account.write,
+        read=account.read,
+        stranger=account.stranger,
+        script=str(tmp_path / "script.py"),
+        environment={"HF_HUB_DISABLE_EXPERIMENTAL_WARNING": "1"},
+    )
+    assert got["url"] == f"{account.hub.url}/jobs/{account.name}/{got['ids'][0]}" and got["flavor"] == "a10g-large"
+    assert got["stages"] == ["SCHEDULING", "SCHEDULING", "RUNNING", "COMPLETED", "COMPLETED"]
+    assert got["waited"] == "COMPLETED" and got["logs"] == [["one", "two"], ["one", "two"], ["two"]]
+    assert got["jobs"] == dict(zip(got["ids"], ["COMPLETED", "CANCELED"], strict=True))
+    assert got["secrets"] == {"HF_TOKEN": ""} and got["prices"]["a10g-large"] == 0.025
+    assert got["volumes"] == [["model", f"{account.name}/m"], ["bucket", f"{account.name}/jobs-artifacts"]]
+    assert got["refused"] == [403, 403, 400]
+    asked = next(each for each in account.hub.log if each.path == f"/api/jobs/{account.name}" and each.body).body
+    assert asked["command"] == ["uv", "run", "--with", "hf-merge", "/data/script.py", "--x", "1"]
+    assert asked["secrets"] == {"HF_TOKEN": "hf_secret"} and asked["timeoutSeconds"] == 7200
+    assert [*account.hub.store.buckets[f"{account.name}/jobs-artifacts"].values()] == [b"print('merged')"]
+
+
+@both_ways
+def test_spaces_and_datasets_are_repositories_too(account: Account, tmp_path):
+    """One of each kind may have the same name, and each has its own address."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "app.py").write_text("import gradio")
+    (tmp_path / "app" / "README.md").write_text("---\nsdk: gradio\n---\n")
+    (tmp_path / "app" / "weights.bin").write_bytes(b"data")
+    got = account.python(
+        """
+        from huggingface_hub import HfApi, create_repo, hf_hub_download, snapshot_download
+        api, repo = HfApi(), f"{org}/app"
+        kinds = {"model": {}, "dataset": {}, "space": {"space_sdk": "gradio", "space_hardware": "cpu-basic"}}
+        urls = [create_repo(repo, repo_type=kind, **more) for kind, more in kinds.items()]
+        for kind in ("dataset", "space"):
+            api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder)
+        api.upload_file(path_or_fileobj=b"torch", path_in_repo="requirements.txt", repo_id=repo, repo_type="space")
+        result = {
+            "urls": urls, "ids": [each.repo_id for each in urls], "sdk": api.space_info(repo).sdk,
+            "files": [sorted(api.list_repo_files(repo, repo_type=kind)) for kind in kinds],
+            "read": open(hf_hub_download(repo, "weights.bin", repo_type="space")).read(),
+            "path": snapshot_download(repo, repo_type="dataset"),
+        }
+        api.delete_repo(repo, repo_type="space")
+        result["left"] = [api.repo_exists(repo, repo_type=kind) for kind in kinds]
+        """,
+        token=account.write,
+        folder=tmp_path / "app",
+    )
+    name, url = f"{account.name}/app", account.hub.url
+    assert got["urls"] == [f"{url}/{name}", f"{url}/datasets/{name}", f"{url}/spaces/{name}"]
+    assert got["ids"] == [name] * 3 and got["sdk"] == "gradio" and got["read"] == "data"
+    sent = [".gitattributes", "README.md", "app.py", "weights.bin"]
+    assert got["files"] == [[".gitattributes"], sent, sorted([*sent, "requirements.txt"])]
+    assert "datasets--" in got["path"] and got["left"] == [True, True, False]
+    made = [each.body for each in account.hub.log if each.path == "/api/repos/create" and each.body["name"] == "app"]
+    assert made[-1]["sdk"] == "gradio" and made[-1]["hardware"] == "cpu-basic"
