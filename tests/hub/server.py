@@ -56,6 +56,7 @@ class Switches:
     Attributes:
         xet: whether large files are said to be in Xet storage, as the Hub says of all; a client without Xet then
             follows `resolve/` to the CDN, and one that is told of no Xet takes the address of the CDN at once.
+        xet_keeps: whether Xet storage still has what is asked of it; without, downloads by Xet break off.
         page_size: entries of a page of a tree, of commits and of jobs.
         empty_commits: whether a commit that changes nothing is a new one. huggingface_hub's `_send_commit` says that
             the Hub makes such commits; by default this one does not.
@@ -64,6 +65,7 @@ class Switches:
     """
 
     xet: bool = True
+    xet_keeps: bool = True
     page_size: int = 1000
     empty_commits: bool = False
     job_stages: tuple[str, ...] = ("SCHEDULING", "RUNNING", "COMPLETED")
@@ -496,7 +498,7 @@ class Api:
 
     async def xet_read(self, request: Request) -> Response:
         repo = self.store.readable(_id(request), self.hub.token(request))
-        files = repo.commit(_revision(request)).files.values()
+        files = repo.commit(_revision(request)).files.values() if self.hub.switches.xet_keeps else ()
         return self.hub.xet_token(self.hub.xet.readable({blob.sha256: blob for blob in files if blob.large}.values()))
 
     async def resolve(self, request: Request) -> Response:

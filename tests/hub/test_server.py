@@ -398,6 +398,26 @@ def test_copies_and_deletions_in_commits(account: Account, llamas, xet):
     assert account.seen("POST", "/to/commit/")[0].authorized
 
 
+def test_xet_fails_where_its_storage_or_its_tokens_do(account: Account, llamas):
+    """What Xet transfers is no request: it fails by its tokens, or by a storage that has lost what it had."""
+    for name in ("lost", "denied"):
+        account.put(name, llamas["a"])
+    account.hub.switches.xet_keeps = False
+    account.hub.faults.append(Fault("error", f"{account.name}/denied/xet-read-token", last=1, status=403))
+    asked = """
+        from huggingface_hub import hf_hub_download
+        result = {}
+        for name in ("lost", "denied"):
+            try:
+                hf_hub_download(f"{org}/{name}", "model.safetensors")
+            except Exception as error:
+                result[name] = [type(error).__name__, str(error)]
+    """
+    got = account.python(asked, xet=True)
+    assert got["lost"][0] == "RuntimeError" and "File size mismatch" in got["lost"][1]
+    assert got["denied"][0] == "HfHubHTTPError" and "403" in got["denied"][1]
+
+
 @both_ways
 def test_a_push_that_failed_anywhere_is_repeated_and_ends_in_one_commit(account: Account, tmp_path, xet):
     """What was carried out is not undone, a repeat meets it, and a client with Xet repeats the commit by itself."""
