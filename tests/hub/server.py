@@ -125,24 +125,24 @@ class Hub:
         headers = {"Link": f'<{more}>; rel="next"'} if start + size < len(entries) else {}
         return JSONResponse(entries[start : start + size], headers=headers)
 
-    def link(self, path: str) -> str:
-        """Return an address at the CDN that opens a path for an hour."""
-        expires = str(expiry())
-        signed = {"X-Amz-Signature": self._signature(path, expires), "Expires": expires}
-        return f"{self.cdn}{quote(path)}?{urlencode(signed)}"
+    def link(self, repo_id: str, oid: str, file: str | None = None) -> str:
+        """Return an address at the CDN that opens an object for an hour, as a file if it is to be read."""
+        expires, path = str(expiry()), f"{repo_id}/{oid}" + (f"/{file}" if file else "")
+        signed = {"X-Amz-Signature": self._signature(repo_id, oid, expires), "Expires": expires}
+        return f"{self.cdn}/cdn/{quote(path)}?{urlencode(signed)}"
 
-    def opens(self, path: str, query: Mapping[str, str]) -> bool:
-        """Say whether an address at the CDN opens a path, still."""
+    def opens(self, repo_id: str, oid: str, query: Mapping[str, str]) -> bool:
+        """Say whether the query of an address at the CDN opens an object, still."""
         expires = query.get("Expires", "0")
-        signed = hmac.compare_digest(query.get("X-Amz-Signature", ""), self._signature(path, expires))
-        return signed and int(expires) > time.time()
+        expected = self._signature(repo_id, oid, expires)
+        return query.get("X-Amz-Signature") == expected and int(expires) > time.time()
 
     def expire_links(self) -> None:
         """Let all addresses at the CDN that were given so far answer 403; the Hub gives new ones to who asks again."""
         self.secret += b"0"
 
-    def _signature(self, path: str, expires: str) -> str:
-        return hmac.new(self.secret, f"{path} {expires}".encode(), "sha256").hexdigest()
+    def _signature(self, *signed: str) -> str:
+        return hmac.new(self.secret, " ".join(signed).encode(), "sha256").hexdigest()
 
     def __enter__(self) -> Hub:
         self._thread.start()
@@ -456,7 +456,7 @@ class Api:
         self.store.readable(_id(request), token)
         told = []
         for wanted in (await request.json())["objects"]:
-            upload = {"href": self.hub.link(f"/cdn/{_plain_id(request)}/{wanted['oid']}"), "header": {}}
+            upload = {"href": self.hub.link(_plain_id(request), wanted["oid"]), "header": {}}
             verify = {"href": f"{self.url}/{_id(request)}.git/info/lfs/objects/verify", "header": {}}
             missing = self.store.object(wanted["oid"]) is None
             told.append({**wanted, **({"actions": {"upload": upload, "verify": verify}} if missing else {})})
@@ -482,7 +482,7 @@ class Api:
         """Refuse an address at the CDN that is not signed, too old, or asked with a token of the Hub besides."""
         if request.url.hostname != "localhost" or "authorization" in request.headers:
             raise HubError(400, "", "Only one auth mechanism allowed")
-        if not self.hub.opens(request.url.path, request.query_params):
+        if not self.hub.opens(_plain_id(request), request.path_params["oid"], request.query_params):
             raise HubError(403, "", "Request has expired")
 
     async def cdn(self, request: Request) -> Response:
@@ -515,7 +515,7 @@ class Api:
         if self.hub.switches.xet:
             token = f"{self.url}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.sha}"
             headers |= {"X-Xet-Hash": self.hub.xet.hash(blob), "Link": f'<{token}>; rel="xet-auth"'}
-        return RedirectResponse(self.hub.link(f"/cdn/{repo.id}/{blob.sha256}/{path}"), 302, headers)
+        return RedirectResponse(self.hub.link(repo.id, blob.sha256, path), 302, headers)
 
 
 def _id(request: Request) -> str:

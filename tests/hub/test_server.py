@@ -97,7 +97,7 @@ def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
 
 
 @both_ways
-def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Account, llamas):
+def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Account, llamas, xet):
     pushed = """
         import torch
         from huggingface_hub import HfApi
@@ -121,6 +121,8 @@ def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Acc
     got = account.python(pushed, token=account.write, folder=llamas["a"])
     assert got["same"] and got["equal"] and got["words"] == [4, 5]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(got["names"])
+    if xet:
+        return  # what is in the cache does not tell how it came
     before = len(account.hub.log)
     reloaded = """
         from huggingface_hub import HfApi
@@ -534,7 +536,7 @@ def test_spaces_and_datasets_are_repositories_too(account: Account, tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "app.py").write_text("import gradio")
     (tmp_path / "app" / "README.md").write_text("---\nsdk: gradio\n---\n")
-    (tmp_path / "app" / "weights.bin").write_bytes(b"data")
+    (tmp_path / "app" / "large ü.bin").write_bytes(b"data")
     got = account.python(
         """
         from huggingface_hub import HfApi, create_repo, hf_hub_download, snapshot_download
@@ -547,7 +549,7 @@ def test_spaces_and_datasets_are_repositories_too(account: Account, tmp_path):
         result = {
             "urls": urls, "ids": [each.repo_id for each in urls], "sdk": api.space_info(repo).sdk,
             "files": [sorted(api.list_repo_files(repo, repo_type=kind)) for kind in kinds],
-            "read": open(hf_hub_download(repo, "weights.bin", repo_type="space")).read(),
+            "read": open(hf_hub_download(repo, "large ü.bin", repo_type="space")).read(),
             "path": snapshot_download(repo, repo_type="dataset"),
         }
         api.delete_repo(repo, repo_type="space")
@@ -559,7 +561,7 @@ def test_spaces_and_datasets_are_repositories_too(account: Account, tmp_path):
     name, url = f"{account.name}/app", account.hub.url
     assert got["urls"] == [f"{url}/{name}", f"{url}/datasets/{name}", f"{url}/spaces/{name}"]
     assert got["ids"] == [name] * 3 and got["sdk"] == "gradio" and got["read"] == "data"
-    sent = [".gitattributes", "README.md", "app.py", "weights.bin"]
+    sent = [".gitattributes", "README.md", "app.py", "large ü.bin"]
     assert got["files"] == [[".gitattributes"], sent, sorted([*sent, "requirements.txt"])]
     assert "datasets--" in got["path"] and got["left"] == [True, True, False]
     made = [each.body for each in account.hub.log if each.path == "/api/repos/create" and each.body["name"] == "app"]

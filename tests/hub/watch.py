@@ -50,7 +50,7 @@ class Fault:
         kind: `error` answers `status` and does nothing. `forbidden` refuses as the Hub refuses a token without the
             right to write (403). `hang` waits `seconds` first. `twice` carries the request out and answers `status`,
             so that a client that repeats it meets what it did. `cut` carries it out and closes the connection after
-            `after` bytes of the answer's body. `short` sends `after` bytes and says that this is all.
+            `after` bytes of the answer's body, if it has one. `short` sends `after` bytes and says that this is all.
         path: a pattern that is searched in the path.
         method: only requests of this method; None means any.
         first, last: which of the requests that match; the first is 1, and no last means all later ones.
