@@ -349,11 +349,15 @@ class Api:
         return JSONResponse({"files": [_mode(asked, files) for asked in (await request.json())["files"]]})
 
     def _committable(self, request: Request) -> tuple[Repo, Token]:
-        """Return what a commit goes to: anyone may open a pull request, others need the right to write."""
+        """Return what a commit goes to: all may open a pull request and add to it, else it needs the right to write."""
         token = self.hub.token(request)
-        if request.query_params.get("create_pr") != "1" or token is None or not token.write:
+        if token is None or not token.write:
             return self.writable(request)
-        return self.store.readable(_id(request), token), token
+        repo, revision = self.store.readable(_id(request), token), _revision(request)
+        own = [each.ref for each in repo.discussions if each.pull_request and each.author == token.user]
+        if request.query_params.get("create_pr") == "1" or revision in own:
+            return repo, token
+        return self.writable(request)
 
     async def commit(self, request: Request) -> Response:
         repo, token = self._committable(request)
@@ -449,11 +453,15 @@ class Api:
         failed = [{**file, "error": "no such file"} for file in body["files"] if file["sha256"] not in there]
         return JSONResponse({"failed": failed})
 
-    async def large_batch(self, request: Request) -> Response:
+    def _sender(self, request: Request) -> None:
+        """Refuse who may not send large files: all may who may open a pull request."""
         token = self.hub.token(request)
         if token is None or not token.write:
             raise HubError(403, "", "A token with the right to write is needed")
         self.store.readable(_id(request), token)
+
+    async def large_batch(self, request: Request) -> Response:
+        self._sender(request)
         told = []
         for wanted in (await request.json())["objects"]:
             upload = {"href": self.hub.link(_plain_id(request), wanted["oid"]), "header": {}}
@@ -471,7 +479,7 @@ class Api:
         return Response()
 
     async def large_verify(self, request: Request) -> Response:
-        self.writable(request)
+        self._sender(request)
         body = await request.json()
         kept = self.store.object(body["oid"])
         if kept is None or len(kept) != body["size"]:

@@ -138,6 +138,7 @@ def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Acc
     assert len(account.hub.log) == before
 
 
+@both_ways
 def test_branches_tags_and_pull_requests(account: Account, llamas):
     account.put("m", llamas["a"])
     got = account.python(
@@ -154,12 +155,14 @@ def test_branches_tags_and_pull_requests(account: Account, llamas):
         more = CommitOperationAdd("more.txt", b"more")
         api.create_commit(repo, [more], commit_message="more", revision=pull.pr_revision)
         empty = api.create_pull_request(repo, title="an empty one")
+        whole = api.upload_folder(repo_id=repo, folder_path=folder, create_pr=True, token=stranger)
         refs = api.list_repo_refs(repo, include_pull_requests=True)
         read = [open(hf_hub_download(repo, "note.txt", revision=r)).read() for r in ("next/one", pull.pr_revision)]
         result = {
             "main": api.model_info(repo).sha == main, "pr": pull.pr_revision, "read": read, "empty": empty.num,
             "branches": sorted(each.name for each in refs.branches), "tags": [each.name for each in refs.tags],
             "pulls": [each.ref for each in refs.pull_requests],
+            "whole": [whole.pr_revision, hf_hub_download(repo, "model.safetensors", revision=whole.pr_revision)],
             "branch": api.model_info(repo, revision="next/one").sha == on_branch.oid,
             "in_pull": len(api.list_repo_files(repo, revision=pull.pr_revision))
             - len(api.list_repo_files(repo, revision="v1")),
@@ -168,11 +171,15 @@ def test_branches_tags_and_pull_requests(account: Account, llamas):
         """,
         token=account.write,
         stranger=account.stranger,
+        folder=llamas["b"],
     )
     assert got["main"] and got["branch"] and got["read"] == ["hello", "hello"]
     assert got["branches"] == ["main", "next/one"] and got["tags"] == ["v1"]
-    assert got["pr"] == "refs/pr/1" and got["pulls"] == ["refs/pr/1", "refs/pr/2"] and got["empty"] == 2
-    assert got["in_pull"] == 2 and got["open"] == [1, 2]
+    assert got["pr"] == "refs/pr/1" and got["pulls"] == [f"refs/pr/{n}" for n in (1, 2, 3)] and got["empty"] == 2
+    assert got["in_pull"] == 2 and got["open"] == [1, 2, 3]
+    revision, weights = got["whole"]
+    with open(weights, "rb") as file:
+        assert revision == "refs/pr/3" and file.read() == (llamas["b"] / "model.safetensors").read_bytes()
 
 
 REFUSALS = {
