@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import shutil
@@ -11,8 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from hf_xet import XetFileInfo, XetSession, hash_files  # pyright: ignore[reportAttributeAccessIssue]
 
 from tests.hub.store import Blob
 
@@ -46,15 +45,17 @@ class Xet:
     _shards: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        os.environ.setdefault("HF_XET_LOG_DEST", str(self._path / "log"))  # else it is kept in the home of the user
-        self._session = XetSession()
+        # hf_xet reads this when it is imported; else it keeps a log in the home of the user.
+        os.environ.setdefault("HF_XET_LOG_DEST", str(self._path / "log"))
+        self._xet = importlib.import_module("hf_xet")
+        self._session = self._xet.XetSession()
 
     def hash(self, blob: Blob) -> str:
         """Return the hash that Xet gives a file."""
         if blob.sha256 not in self._hashes:
             file = self._new("hashed")
             file.write_bytes(blob.content)
-            self._hashes[blob.sha256] = hash_files([str(file)])[0].hash
+            self._hashes[blob.sha256] = self._xet.hash_files([str(file)])[0].hash
             file.unlink()
         return self._hashes[blob.sha256]
 
@@ -97,7 +98,7 @@ class Xet:
         shutil.copytree(storage, copied)
         with self._session.new_file_download_group(**_access(copied)) as group:
             for name, sent in files.items():
-                group.start_download_file(XetFileInfo(sent.hash, sent.size), str(copied / name))
+                group.start_download_file(self._xet.XetFileInfo(sent.hash, sent.size), str(copied / name))
         contents = {name: (copied / name).read_bytes() for name in files}
         shutil.rmtree(copied)
         return contents
