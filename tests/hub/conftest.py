@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub.server import UNKNOWN, Hub
+from tests.hub.server import UNKNOWN, Hub, Switches
 from tests.hub.store import LARGE, Blob, Repo, Token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,7 @@ class Account:
         write, read: its tokens.
         stranger: the token of another account.
         home: HF_HOME of the processes.
+        xet: whether the processes have Xet; without it they speak LFS.
     """
 
     hub: Hub
@@ -58,6 +59,7 @@ class Account:
     read: str
     stranger: str
     home: Path
+    xet: bool = False
 
     def put(self, name: str, folder: Path, **state: Any) -> Repo:
         """Put the files of a folder on the Hub, past the API: a state that a test starts from."""
@@ -69,33 +71,46 @@ class Account:
             setattr(repo, key, value)
         return repo
 
-    def environment(self, token: str | None, **more: str) -> dict[str, str]:
-        """Return what a process needs to take this Hub for the Hub."""
+    def environment(self, token: str | None, *, xet: bool | None = None, **more: str) -> dict[str, str]:
+        """Return what a process needs to take this Hub for the Hub; `xet` goes before that of the account."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
         proxies = {key for key in clean if key.lower().endswith("_proxy")}
         kept = {key: value for key, value in clean.items() if key not in proxies}
-        hub = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        lfs = "0" if (self.xet if xet is None else xet) else "1"
+        hub = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": lfs}
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
         secret = {"HF_TOKEN": token} if token else {}
-        return {**kept, "NO_PROXY": "127.0.0.1", **hub, **quiet, **path, **secret, **more}
+        return {**kept, "NO_PROXY": "127.0.0.1,localhost", **hub, **quiet, **path, **secret, **more}
 
-    def run(self, *words: Any, token: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: Any, token: str | None = None, xet: bool | None = None, **more: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run `python ...` as a process of a user with this token."""
         call = [sys.executable, "-W", "error::UserWarning", *map(str, words)]
-        return subprocess.run(
-            call, capture_output=True, text=True, timeout=300, env=self.environment(token, **more), check=False
-        )
+        environment = self.environment(token, xet=xet, **more)
+        return subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
-    def cli(self, *words: Any, token: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *words: Any, token: str | None = None, xet: bool | None = None, **more: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run `hf-merge ...` as a user does."""
-        return self.run("-m", "hf_merge.cli", *words, token=token, **more)
+        return self.run("-m", "hf_merge.cli", *words, token=token, xet=xet, **more)
 
-    def python(self, code: str, *, token: str | None = None, environment: dict[str, str] | None = None, **values: Any):
+    def python(
+        self,
+        code: str,
+        *,
+        token: str | None = None,
+        xet: bool | None = None,
+        environment: dict[str, str] | None = None,
+        **values: Any,
+    ) -> Any:
         """Run code that leaves its result in `result`, and return the result; `org` and the values are at hand."""
         named = json.dumps({"org": self.name, **values}, default=str)
         lines = [f"import json\nglobals().update(json.loads({named!r}))", textwrap.dedent(code)]
-        done = self.run("-c", "\n".join([*lines, "print(json.dumps(result))"]), token=token, **(environment or {}))
+        whole = "\n".join([*lines, "print(json.dumps(result))"])
+        done = self.run("-c", whole, token=token, xet=xet, **(environment or {}))
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -123,19 +138,35 @@ def running_hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(running_hub: Hub) -> Iterator[Hub]:
-    """The server; no client may ask it what it does not know, and no fault outlives a test."""
+    """The server; no fault and no switch outlives a test.
+
+    No client may ask it what it does not know, and none may show its token to the CDN.
+    """
     before = len(running_hub.log)
     yield running_hub
     running_hub.faults.clear()
-    assert not [seen for seen in running_hub.log[before:] if seen.status == UNKNOWN]
+    running_hub.switches = Switches()
+    seen = running_hub.log[before:]
+    assert not [each for each in seen if each.status == UNKNOWN]
+    assert not [each for each in seen if each.path.startswith("/cdn/") and each.authorized]
+
+
+# Runs a test twice, with clients that speak LFS and with clients that speak Xet.
+both_ways = pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 
 
 @pytest.fixture
-def account(hub: Hub, tmp_path: Path) -> Account:
+def xet() -> bool:
+    """Whether clients have Xet: no, unless the test is marked `both_ways`."""
+    return False
+
+
+@pytest.fixture
+def account(hub: Hub, tmp_path: Path, xet: bool) -> Account:
     """A namespace of this test alone."""
     name = f"org-{uuid.uuid4().hex[:8]}"
     write, read, stranger = (f"hf_{kind}{uuid.uuid4().hex}" for kind in ("write", "read", "stranger"))
     hub.store.tokens[write] = Token(name, write=True)
     hub.store.tokens[read] = Token(name, write=False)
     hub.store.tokens[stranger] = Token(f"{name}-stranger", write=True)
-    return Account(hub, name, write, read, stranger, tmp_path / "home")
+    return Account(hub, name, write, read, stranger, tmp_path / "home", xet)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import yaml
 
@@ -104,9 +105,11 @@ class Discussion:
 
 @dataclass
 class Repo:
-    """A model on the Hub.
+    """A model, a dataset or a Space on the Hub.
 
     Attributes:
+        kind: `models`, `datasets` or `spaces`.
+        sdk: what a Space is made with.
         gated: only users of `granted` may read its files.
         refs: full name of a branch, tag or pull request -> its commit.
     """
@@ -117,13 +120,15 @@ class Repo:
     granted: set[str] = field(default_factory=set)
     refs: dict[str, Commit] = field(default_factory=dict)
     discussions: list[Discussion] = field(default_factory=list)
+    kind: str = "models"
+    sdk: str | None = None
 
     @classmethod
-    def new(cls, repo_id: str, author: str, private: bool = False) -> Repo:
+    def new(cls, repo_id: str, author: str, private: bool = False, kind: str = "models") -> Repo:
         """Return a repository as the Hub makes it: with a .gitattributes and nothing else."""
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE)
         first = Commit({".gitattributes": Blob(attributes.encode())}, f"initial commit of {repo_id}", author)
-        return cls(repo_id, private, refs={"refs/heads/main": first})
+        return cls(repo_id, private, refs={"refs/heads/main": first}, kind=kind)
 
     @property
     def namespace(self) -> str:
@@ -145,13 +150,15 @@ class Repo:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
-    def add(self, revision: str, files: dict[str, Blob], title: str, author: str, message: str = "") -> Commit:
-        """Put a state on a branch or pull request; the same state is no new commit."""
+    def add(
+        self, revision: str, files: dict[str, Blob], title: str, author: str, message: str = "", empty: bool = False
+    ) -> Commit:
+        """Put a state on a branch or pull request; the same state is no new commit unless `empty` ones are made."""
         name = self.ref_name(revision)
         if name is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         head = self.refs[name]
-        if files != head.files:
+        if empty or files != head.files:
             self.refs[name] = Commit(files, title, author, head, message)
         return self.refs[name]
 
@@ -165,12 +172,37 @@ class Repo:
 
 
 @dataclass
+class Job:
+    """A job: what was asked for, and what has become of it.
+
+    Attributes:
+        spec: the request, as the client sent it.
+        stages: where it is, and where it will be each time that it is looked at.
+        logs: its lines.
+    """
+
+    id: str
+    namespace: str
+    spec: dict[str, Any]
+    stages: list[str]
+    logs: list[str]
+
+
+@dataclass
 class Store:
-    """All that the Hub holds."""
+    """All that the Hub holds.
+
+    Attributes:
+        repos: `ns/name` of a model, `datasets/ns/name` or `spaces/ns/name` -> what it is.
+        large: sha256 -> content of every large file that has arrived, by LFS or Xet.
+        buckets: `ns/name` of a bucket -> its files.
+    """
 
     tokens: dict[str, Token] = field(default_factory=dict)
     repos: dict[str, Repo] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
+    buckets: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
 
     def token(self, text: str | None) -> Token | None:
         """Return what a token may do; None where there is none."""
@@ -179,6 +211,16 @@ class Store:
         if text not in self.tokens:
             raise HubError(401, "", "Invalid credentials in Authorization header")
         return self.tokens[text]
+
+    def object(self, sha256: str) -> bytes | None:
+        """Return a large file that has arrived, or that a test has put into a repository itself."""
+        if sha256 not in self.large:
+            commits = [
+                commit for repo in self.repos.values() for head in repo.refs.values() for commit in head.history()
+            ]
+            put = {blob.sha256: blob.content for commit in commits for blob in commit.files.values() if blob.large}
+            self.large |= put
+        return self.large.get(sha256)
 
     def repo(self, repo_id: str, token: Token | None) -> Repo:
         """Return a repository that the token may see; a hidden one looks like a missing one."""
@@ -204,16 +246,23 @@ class Store:
 
     def create(self, repo_id: str, token: Token | None, private: bool = False) -> Repo:
         """Make an empty repository."""
-        writer = require_write(repo_id.partition("/")[0], token)
+        kind, plain = kind_and_id(repo_id)
+        writer = require_write(plain.partition("/")[0], token)
         if repo_id in self.repos:
-            raise HubError(409, "", "You already created this model repo")
-        self.repos[repo_id] = Repo.new(repo_id, writer.user, private)
+            raise HubError(409, "", f"You already created this {kind[:-1]} repo")
+        self.repos[repo_id] = Repo.new(plain, writer.user, private, kind)
         return self.repos[repo_id]
 
     def delete(self, repo_id: str, token: Token | None) -> None:
         """Forget a repository."""
         self.writable(repo_id, token)
         del self.repos[repo_id]
+
+
+def kind_and_id(repo_id: str) -> tuple[str, str]:
+    """Take the id that the store knows a repository by apart."""
+    kind, _, plain = repo_id.partition("/")
+    return (kind, plain) if kind in ("datasets", "spaces") else ("models", repo_id)
 
 
 def require_write(namespace: str, token: Token | None) -> Token:

@@ -13,13 +13,13 @@ def test_a_hub_that_fails_is_told_from_one_that_refuses(account: Account, llamas
     org = account.name
     for name in ("down", "forbidden", "short", "broken", "cut"):
         account.put(name, llamas["a"])
-    file = "resolve/.*model.safetensors"
+    file = ".*model.safetensors"
     account.hub.faults += [
         Fault("error", f"{org}/down/revision"),
         Fault("error", f"{org}/forbidden/revision", status=403),
-        Fault("short", f"{org}/short/{file}", method="GET", after=50),
-        Fault("error", f"{org}/broken/{file}", method="GET", status=502),
-        Fault("cut", f"{org}/cut/{file}", method="GET", after=0),
+        Fault("short", f"cdn/{org}/short/{file}", method="GET", after=50),
+        Fault("error", f"cdn/{org}/broken/{file}", method="GET", status=502),
+        Fault("cut", f"cdn/{org}/cut/{file}", method="GET", after=0),
     ]
     later, retry = "run it again later; whole files are kept.", "run it again; whole files are kept."
     expected = {
@@ -43,7 +43,7 @@ def test_a_hub_that_fails_is_told_from_one_that_refuses(account: Account, llamas
     assert offline.returncode == 1 and "HF_HUB_OFFLINE forbids to ask the Hub" in error_line(offline.stderr)
 
     account.hub.faults.clear()
-    account.hub.faults.append(Fault("cut", f"{org}/cut/{file}", method="GET", last=1, after=1000))
+    account.hub.faults.append(Fault("cut", f"cdn/{org}/cut/{file}", method="GET", last=1, after=1000))
     done = account.cli("merge", "--method", "linear", llamas["b"], f"{org}/cut", tmp_path / "m")
     assert done.returncode == 0 and len(account.seen("GET", "cut/resolve/")) > 0, done.stderr
     assert len([each for each in account.seen("GET", "/cut/") if each.path.endswith("/config.json")]) == 1

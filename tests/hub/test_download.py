@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 import hf_merge
-from tests.hub.conftest import REFUSED, Account, error_line
+from tests.hub.conftest import REFUSED, Account, both_ways, error_line
 from tests.hub.store import Blob
 
 pytestmark = pytest.mark.e2e
@@ -80,6 +80,7 @@ def adapter(tmp_path) -> Path:
     return folder
 
 
+@both_ways
 def test_an_adapter_is_pinned_beside_its_base_and_the_token_of_the_environment_opens_both(
     account: Account, llamas, adapter, tmp_path
 ):

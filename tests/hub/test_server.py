@@ -1,14 +1,17 @@
 """The real clients of Hugging Face against the Hub of these tests: what works there is what they need of a Hub."""
 
+import hashlib
+
 import pytest
 
-from tests.hub.conftest import Account
+from tests.hub.conftest import Account, both_ways
 from tests.hub.server import Fault
 
 pytestmark = pytest.mark.e2e
 
 
-def test_a_folder_goes_up_and_comes_back(account: Account, llamas, tmp_path):
+@both_ways
+def test_a_folder_goes_up_and_comes_back(account: Account, llamas, xet):
     got = account.python(
         """
         from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
@@ -48,7 +51,12 @@ def test_a_folder_goes_up_and_comes_back(account: Account, llamas, tmp_path):
     assert len(got["titles"]) == 3 and got["titles"][-1].startswith("initial commit")
     assert got["files"] == sorted([".gitattributes", *(path.name for path in llamas["a"].iterdir())])
     assert got["paths"] == ["config.json"]
-    assert len(account.seen("PUT")) == 0 and len(account.seen("GET", "resolve/")) == len(got["files"])
+    assert account.hub.store.large[hashlib.sha256(content).hexdigest()] == content
+    large = {
+        kind: len(account.seen(*kind)) for kind in (("PUT", "/cdn/"), ("GET", "/cdn/"), ("GET", "/xet-read-token/"))
+    }
+    assert list(large.values()) == ([0, 0, 1] if xet else [1, 1, 0])
+    assert len(account.seen("GET", "/resolve/")) == len(got["files"]) - xet
 
 
 def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
@@ -84,11 +92,12 @@ def test_headers_and_one_tensor_are_read_by_ranges(account: Account, llamas):
     assert got["tensors"] == 30 and got["same"]
     assert got["tail"] == [206, f"bytes {size - 4}-{size - 1}/{size}", 4]
     assert got["beyond"] == [416, f"bytes */{size}"]
-    ranged = [each for each in account.seen("GET", "model.safetensors") if each.range]
+    ranged = [each for each in account.seen("GET", "/cdn/") if each.range]
     assert {each.status for each in ranged} == {206, 416} and all(each.sent <= 100_001 for each in ranged)
 
 
-def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Account, llamas):
+@both_ways
+def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Account, llamas, xet):
     pushed = """
         import torch
         from huggingface_hub import HfApi
@@ -112,6 +121,8 @@ def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Acc
     got = account.python(pushed, token=account.write, folder=llamas["a"])
     assert got["same"] and got["equal"] and got["words"] == [4, 5]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(got["names"])
+    if xet:
+        return  # what is in the cache does not tell how it came
     before = len(account.hub.log)
     reloaded = """
         from huggingface_hub import HfApi
@@ -127,6 +138,7 @@ def test_models_and_adapters_are_pushed_loaded_and_reloaded_offline(account: Acc
     assert len(account.hub.log) == before
 
 
+@both_ways
 def test_branches_tags_and_pull_requests(account: Account, llamas):
     account.put("m", llamas["a"])
     got = account.python(
@@ -143,12 +155,14 @@ def test_branches_tags_and_pull_requests(account: Account, llamas):
         more = CommitOperationAdd("more.txt", b"more")
         api.create_commit(repo, [more], commit_message="more", revision=pull.pr_revision)
         empty = api.create_pull_request(repo, title="an empty one")
+        whole = api.upload_folder(repo_id=repo, folder_path=folder, create_pr=True, token=stranger)
         refs = api.list_repo_refs(repo, include_pull_requests=True)
         read = [open(hf_hub_download(repo, "note.txt", revision=r)).read() for r in ("next/one", pull.pr_revision)]
         result = {
             "main": api.model_info(repo).sha == main, "pr": pull.pr_revision, "read": read, "empty": empty.num,
             "branches": sorted(each.name for each in refs.branches), "tags": [each.name for each in refs.tags],
             "pulls": [each.ref for each in refs.pull_requests],
+            "whole": [whole.pr_revision, hf_hub_download(repo, "model.safetensors", revision=whole.pr_revision)],
             "branch": api.model_info(repo, revision="next/one").sha == on_branch.oid,
             "in_pull": len(api.list_repo_files(repo, revision=pull.pr_revision))
             - len(api.list_repo_files(repo, revision="v1")),
@@ -157,11 +171,15 @@ def test_branches_tags_and_pull_requests(account: Account, llamas):
         """,
         token=account.write,
         stranger=account.stranger,
+        folder=llamas["b"],
     )
     assert got["main"] and got["branch"] and got["read"] == ["hello", "hello"]
     assert got["branches"] == ["main", "next/one"] and got["tags"] == ["v1"]
-    assert got["pr"] == "refs/pr/1" and got["pulls"] == ["refs/pr/1", "refs/pr/2"] and got["empty"] == 2
-    assert got["in_pull"] == 2 and got["open"] == [1, 2]
+    assert got["pr"] == "refs/pr/1" and got["pulls"] == [f"refs/pr/{n}" for n in (1, 2, 3)] and got["empty"] == 2
+    assert got["in_pull"] == 2 and got["open"] == [1, 2, 3]
+    revision, weights = got["whole"]
+    with open(weights, "rb") as file:
+        assert revision == "refs/pr/3" and file.read() == (llamas["b"] / "model.safetensors").read_bytes()
 
 
 REFUSALS = {
@@ -225,7 +243,7 @@ def test_refusals_and_rights(account: Account, llamas):
 def test_faults_strike_the_requests_they_name(account: Account, llamas):
     """The client fetches again what is cut; a silent loss is found; an error is what it is."""
     account.put("m", llamas["a"])
-    weights, config = f"{account.name}/m/resolve/.*model.safetensors", f"{account.name}/m/resolve/.*/config.json"
+    weights, config = f"cdn/{account.name}/m/.*model.safetensors", f"{account.name}/m/resolve/.*/config.json"
     account.hub.faults += [
         Fault("cut", weights, method="GET", last=1, after=1000),
         Fault("short", config, method="GET", last=1, after=10),
@@ -255,6 +273,303 @@ def test_faults_strike_the_requests_they_name(account: Account, llamas):
     content = (llamas["a"] / "model.safetensors").read_bytes()
     with open(got["weights"], "rb") as file:
         assert file.read() == content
-    assert [each.sent for each in account.seen("GET", "model.safetensors")] == [1000, len(content)]
+    assert [each.sent for each in account.seen("GET", "/cdn/")] == [1000, len(content)]
     assert "Consistency check failed" in got["config"][0] and got["config"][1].endswith("config.json")
     assert "503" in got["info"][0] and got["info"][1] == f"{account.name}/m" and got["waited"] >= 0.2
+
+
+def test_large_files_come_from_another_host_whose_links_expire(account: Account, llamas):
+    """The address tells all that a client must know, opens without a token, and not for ever."""
+    account.put("m", llamas["a"], private=True)
+    content = (llamas["a"] / "model.safetensors").read_bytes()
+    asked = """
+        import os
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.utils import get_session
+        url = hf_hub_url(f"{org}/m", "model.safetensors")
+        found = get_hf_file_metadata(url)
+        result = {
+            "told": [found.commit_hash, found.etag, found.size, found.location],
+            "got": len(get_session().get(found.location, headers={"range": "bytes=8-"}).content),
+            "forged": get_session().get(found.location.replace("Expires=", "Expires=1")).status_code,
+            "mixed": get_session().get(found.location, headers={"authorization": "Bearer x"}).status_code,
+        }
+    """
+    got = account.python(asked, token=account.read)
+    commit, digest = (
+        account.hub.store.repos[f"{account.name}/m"].commit("main").sha,
+        hashlib.sha256(content).hexdigest(),
+    )
+    *told, link = got["told"]
+    assert told == [commit, digest, len(content)] and link.startswith(
+        f"{account.hub.cdn}/cdn/{account.name}/m/{digest}/"
+    )
+    assert got["got"] == len(content) - 8 and (got["forged"], got["mixed"]) == (403, 400)
+    assert [each.authorized for each in account.seen("GET", "/cdn/")] == [False, False, True]
+    account.hub.log[:] = [each for each in account.hub.log if each.status != 400]  # ours, not the client's
+    account.hub.expire_links()
+    account.hub.switches.xet = False  # now the client itself must take its token off
+    again = """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import get_session
+        result = {"old": get_session().get(link).status_code, "new": hf_hub_download(f"{org}/m", "model.safetensors")}
+    """
+    got = account.python(again, token=account.read, link=link)
+    with open(got["new"], "rb") as file:
+        assert got["old"] == 403 and file.read() == content
+    assert [each.authorized for each in account.seen("HEAD", "model.safetensors")] == [True, True]
+
+
+def test_lists_come_in_pages(account: Account, tmp_path):
+    """The client reads on where the Hub says that there is more."""
+    for name in ("a/1", "a/2", "b/1", "c"):
+        (tmp_path / "m" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "m" / name).write_text(name)
+        account.put("m", tmp_path / "m")
+    account.hub.switches.page_size = 2
+    got = account.python("""
+        from huggingface_hub import HfApi, snapshot_download
+        import os
+        api, repo = HfApi(), f"{org}/m"
+        result = {
+            "files": api.list_repo_files(repo), "commits": len(api.list_repo_commits(repo)),
+            "tree": [each.path for each in api.list_repo_tree(repo)],
+            "below": [each.path for each in api.list_repo_tree(repo, path_in_repo="a")],
+            "snapshot": sum(len(files) for _, _, files in os.walk(snapshot_download(repo))),
+        }
+    """)
+    assert sorted(got["files"]) == [".gitattributes", "a/1", "a/2", "b/1", "c"] and got["snapshot"] == 5
+    assert got["commits"] == 5 and got["tree"] == ["a", "b", ".gitattributes", "c"] and got["below"] == ["a/1", "a/2"]
+    assert [each.query for each in account.seen("GET", "/commits/")] == ["", "cursor=2", "cursor=4"]
+
+
+@both_ways
+def test_copies_and_deletions_in_commits(account: Account, llamas, xet):
+    """Large files are copied by name alone, from other repositories too; what is not there is refused."""
+    account.put("from", llamas["a"], private=True)
+    account.put("stranger", llamas["b"], private=True)
+    account.hub.store.repos[f"{account.name}-stranger/m"] = account.hub.store.repos.pop(f"{account.name}/stranger")
+    account.hub.store.repos[f"{account.name}-stranger/m"].id = f"{account.name}-stranger/m"
+    got = account.python(
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+        api, to = HfApi(), f"{org}/to"
+        api.create_repo(to)
+        def copy(name, new, repo=f"{org}/from"):
+            return CommitOperationCopy(name, new, src_repo_id=repo, src_repo_type="model")
+        def commit(*operations, **more):
+            try:
+                return api.create_commit(to, operations, commit_message="m", **more).oid
+            except Exception as error:
+                response = getattr(error, "response", None)
+                return [type(error).__name__, None if response is None else response.status_code]
+        other = CommitOperationCopy("a/model.safetensors", "b/model.safetensors")
+        oids = [
+            commit(copy("model.safetensors", "a/model.safetensors"), copy("config.json", "a/config.json")),
+            commit(other, CommitOperationAdd("new.bin", b"new"), CommitOperationAdd("note.txt", b"note")),
+            commit(CommitOperationDelete("a/"), CommitOperationDelete("note.txt")),
+        ]
+        gone = CommitOperationAdd("gone.bin", b"gone")  # the client takes it for one that it has sent
+        gone._is_uploaded, gone._upload_mode, gone._should_ignore, gone._remote_oid = True, "lfs", False, None
+        refused = {
+            "hidden": commit(copy("model.safetensors", "c", repo=f"{org}-stranger/m")),
+            "missing": commit(copy("nothing.bin", "c")),
+            "gone": commit(gone),
+            "deleted": commit(CommitOperationDelete("note.txt")),
+        }
+        known = [UploadInfo.from_bytes(each) for each in (open(weights, "rb").read(), b"new", b"gone")]
+        actions, _, _ = post_lfs_batch_info(known, None, "model", to)
+        result = {
+            "oids": len(set(oids)), "refused": refused, "files": api.list_repo_files(to),
+            "there": ["actions" not in each for each in actions],
+            "copied": hf_hub_download(to, "b/model.safetensors"), "new": hf_hub_download(to, "new.bin"),
+            "commits": len(api.list_repo_commits(to)),
+        }
+        """,
+        token=account.write,
+        weights=str(llamas["a"] / "model.safetensors"),
+    )
+    assert got["refused"] == {
+        "hidden": ["RepositoryNotFoundError", 404],
+        "missing": ["EntryNotFoundError", None],
+        "gone": ["BadRequestError", 400],
+        "deleted": ["RemoteEntryNotFoundError", 404],
+    }
+    assert got["oids"] == 3 and got["commits"] == 4 and got["there"] == [True, True, False]
+    assert sorted(got["files"]) == [".gitattributes", "b/model.safetensors", "new.bin"]
+    with open(got["copied"], "rb") as copied, open(got["new"], "rb") as new:
+        assert copied.read() == (llamas["a"] / "model.safetensors").read_bytes() and new.read() == b"new"
+    assert len(account.seen("PUT")) == (0 if xet else 1)
+    lines = next(each for each in account.seen("POST", "/to/commit/")).body
+    assert [line["key"] for line in lines] == ["header", "lfsFile", "file"] and "size" not in lines[1]["value"]
+    assert account.seen("POST", "/to/commit/")[0].authorized
+
+
+def test_xet_fails_where_its_storage_or_its_tokens_do(account: Account, llamas):
+    """What Xet transfers is no request: it fails by its tokens, or by a storage that has lost what it had."""
+    for name in ("lost", "denied"):
+        account.put(name, llamas["a"])
+    account.hub.switches.xet_keeps = False
+    account.hub.faults.append(Fault("error", f"{account.name}/denied/xet-read-token", last=1, status=403))
+    asked = """
+        from huggingface_hub import hf_hub_download
+        result = {}
+        for name in ("lost", "denied"):
+            try:
+                hf_hub_download(f"{org}/{name}", "model.safetensors")
+            except Exception as error:
+                result[name] = [type(error).__name__, str(error)]
+    """
+    got = account.python(asked, xet=True)
+    assert got["lost"][0] == "RuntimeError" and "File size mismatch" in got["lost"][1]
+    assert got["denied"][0] == "HfHubHTTPError" and "403" in got["denied"][1]
+
+
+@both_ways
+def test_a_push_that_failed_anywhere_is_repeated_and_ends_in_one_commit(account: Account, tmp_path, xet):
+    """What was carried out is not undone, a repeat meets it, and a client with Xet repeats the commit by itself."""
+    org, requests = account.name, ["ask", "token", "end"] if xet else ["ask", "batch", "put", "verify", "end"]
+    account.hub.faults += [
+        Fault("twice", f"{org}/twice/commit/", last=1),
+        Fault("twice", f"{org}/stale/commit/", last=1, status=503),
+        Fault("cut", f"{org}/cut/commit/", last=1, after=10),
+        *(Fault("forbidden", rf"{org}/{name}\b", first=n, last=n) for n, name in enumerate(requests, 1)),
+    ]
+    got = account.python(
+        """
+        from pathlib import Path
+        from huggingface_hub import HfApi
+        api, result = HfApi(), {}
+        def pushed(name, **more):
+            try:
+                api.upload_folder(repo_id=f"{org}/{name}", folder_path=Path(folder, name), **more)
+            except Exception as error:
+                response = getattr(error, "response", None)
+                return type(error).__name__ if response is None else response.status_code
+        for name in ["twice", "stale", "cut", *requests]:
+            Path(folder, name).mkdir()
+            Path(folder, name, "weights.bin").write_text(f"of {name}")
+            api.create_repo(f"{org}/{name}")
+            parent = api.list_repo_commits(f"{org}/{name}")[0].commit_id if name == "stale" else None
+            result[name] = [pushed(name, parent_commit=parent), pushed(name)]
+        """,
+        token=account.write,
+        requests=requests,
+        folder=tmp_path,
+    )
+    first = (
+        {"twice": None, "stale": 412, "cut": None}
+        if xet
+        else {"twice": 500, "stale": 503, "cut": "RemoteProtocolError"}
+    )
+    told = {"token": "ConnectionError", "put": "RuntimeError", "verify": "RuntimeError"}  # what the client makes of 403
+    denied = {name: told.get(name, 403) for name in requests}
+    assert got == {name: [failed, None] for name, failed in (first | denied).items()}
+    for name in got:
+        repo = account.hub.store.repos[f"{org}/{name}"]
+        assert repo.commit("main").files["weights.bin"].content == f"of {name}".encode()
+        assert len(repo.commit("main").history()) == 2
+    tried = [each.status for each in account.seen("POST", "/stale/commit/")]
+    assert tried == ([503, 412] if xet else [503])
+
+
+def test_a_commit_that_changes_nothing(account: Account, tmp_path):
+    """The real Hub makes it where a client sends it, and the client of the Hub sends it where an answer was lost."""
+    account.hub.switches.empty_commits = True
+    account.hub.faults.append(Fault("twice", f"{account.name}/m/commit/", last=1))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "note.txt").write_text("note")
+    asked = """
+        from huggingface_hub import HfApi
+        HfApi().create_repo(f"{org}/m")
+        HfApi().upload_folder(repo_id=f"{org}/m", folder_path=folder)
+        result = len(HfApi().list_repo_commits(f"{org}/m"))
+    """
+    assert account.python(asked, token=account.write, xet=True, folder=tmp_path / "m") == 3
+
+
+def test_jobs_are_asked_for_looked_at_and_priced(account: Account, tmp_path):
+    """A local script reaches a job through a bucket; who may not write in the namespace runs none there."""
+    (tmp_path / "script.py").write_text("print('merged')")
+    account.hub.switches.job_logs = ("one", "two")
+    got = account.python(
+        """
+        from huggingface_hub import HfApi, Volume
+        api = HfApi()
+        def refused(**more):
+            try:
+                api.run_job(image="python", command=["true"], namespace=org, **more)
+            except Exception as error:
+                return error.response.status_code
+        model = Volume(type="model", source=f"{org}/m", mount_path="/models/m", revision="main")
+        job = api.run_uv_job(script, script_args=["--x", "1"], dependencies=["hf-merge"], flavor="a10g-large",
+                             secrets={"HF_TOKEN": "hf_secret"}, env={"A": "b"}, timeout="2h", volumes=[model])
+        stages = [job.status.stage, *(api.inspect_job(job_id=job.id).status.stage for _ in range(4))]
+        other = api.run_job(image="python:3.12", command=["python", "-V"])
+        api.cancel_job(job_id=other.id)
+        result = {
+            "url": job.url, "stages": stages, "waited": api.wait_for_job(job.id).status.stage, "flavor": job.flavor,
+            "secrets": job.secrets, "volumes": [[each.type, each.source] for each in job.volumes],
+            "logs": [list(api.fetch_job_logs(job_id=job.id, **more)) for more in ({}, {"follow": True}, {"tail": 1})],
+            "jobs": {each.id: each.status.stage for each in api.list_jobs()}, "ids": [job.id, other.id],
+            "prices": {each.name: each.unit_cost_usd for each in api.list_jobs_hardware() if each.accelerator},
+            "refused": [refused(token=read), refused(token=stranger), refused(flavor="abacus")],
+        }
+        """,
+        token=account.write,
+        read=account.read,
+        stranger=account.stranger,
+        script=str(tmp_path / "script.py"),
+        environment={"HF_HUB_DISABLE_EXPERIMENTAL_WARNING": "1"},
+    )
+    assert got["url"] == f"{account.hub.url}/jobs/{account.name}/{got['ids'][0]}" and got["flavor"] == "a10g-large"
+    assert got["stages"] == ["SCHEDULING", "SCHEDULING", "RUNNING", "COMPLETED", "COMPLETED"]
+    assert got["waited"] == "COMPLETED" and got["logs"] == [["one", "two"], ["one", "two"], ["two"]]
+    assert got["jobs"] == dict(zip(got["ids"], ["COMPLETED", "CANCELED"], strict=True))
+    assert got["secrets"] == {"HF_TOKEN": ""} and got["prices"]["a10g-large"] == 0.025
+    assert got["volumes"] == [["model", f"{account.name}/m"], ["bucket", f"{account.name}/jobs-artifacts"]]
+    assert got["refused"] == [403, 403, 400]
+    asked = next(each for each in account.hub.log if each.path == f"/api/jobs/{account.name}" and each.body).body
+    assert asked["command"] == ["uv", "run", "--with", "hf-merge", "/data/script.py", "--x", "1"]
+    assert asked["secrets"] == {"HF_TOKEN": "hf_secret"} and asked["timeoutSeconds"] == 7200
+    assert [*account.hub.store.buckets[f"{account.name}/jobs-artifacts"].values()] == [b"print('merged')"]
+
+
+@both_ways
+def test_spaces_and_datasets_are_repositories_too(account: Account, tmp_path):
+    """One of each kind may have the same name, and each has its own address."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "app.py").write_text("import gradio")
+    (tmp_path / "app" / "README.md").write_text("---\nsdk: gradio\n---\n")
+    (tmp_path / "app" / "large ü.bin").write_bytes(b"data")
+    got = account.python(
+        """
+        from huggingface_hub import HfApi, create_repo, hf_hub_download, snapshot_download
+        api, repo = HfApi(), f"{org}/app"
+        kinds = {"model": {}, "dataset": {}, "space": {"space_sdk": "gradio", "space_hardware": "cpu-basic"}}
+        urls = [create_repo(repo, repo_type=kind, **more) for kind, more in kinds.items()]
+        for kind in ("dataset", "space"):
+            api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder)
+        api.upload_file(path_or_fileobj=b"torch", path_in_repo="requirements.txt", repo_id=repo, repo_type="space")
+        result = {
+            "urls": urls, "ids": [each.repo_id for each in urls], "sdk": api.space_info(repo).sdk,
+            "files": [sorted(api.list_repo_files(repo, repo_type=kind)) for kind in kinds],
+            "read": open(hf_hub_download(repo, "large ü.bin", repo_type="space")).read(),
+            "path": snapshot_download(repo, repo_type="dataset"),
+        }
+        api.delete_repo(repo, repo_type="space")
+        result["left"] = [api.repo_exists(repo, repo_type=kind) for kind in kinds]
+        """,
+        token=account.write,
+        folder=tmp_path / "app",
+    )
+    name, url = f"{account.name}/app", account.hub.url
+    assert got["urls"] == [f"{url}/{name}", f"{url}/datasets/{name}", f"{url}/spaces/{name}"]
+    assert got["ids"] == [name] * 3 and got["sdk"] == "gradio" and got["read"] == "data"
+    sent = [".gitattributes", "README.md", "app.py", "large ü.bin"]
+    assert got["files"] == [[".gitattributes"], sent, sorted([*sent, "requirements.txt"])]
+    assert "datasets--" in got["path"] and got["left"] == [True, True, False]
+    made = [each.body for each in account.hub.log if each.path == "/api/repos/create" and each.body["name"] == "app"]
+    assert made[-1]["sdk"] == "gradio" and made[-1]["hardware"] == "cpu-basic"
