@@ -33,12 +33,14 @@ def surveyed(plan: Plan, sources: Sequence[Source]) -> Plan:
     parts = {id(part): part for source in sources for part in source.parts}
     facts = tuple(_facts(part, sizes.get(part.public_id or "", 0)) for part in parts.values())
     made = replace(plan, facts=facts)
+    if plan.errors:
+        return made
     seconds = {
         "network": made.bytes_downloaded / RATES["network"],
         "disk": (made.bytes_read + made.bytes_written) / RATES["disk"],
         "arithmetic": _arithmetic(plan),
     }
-    return replace(made, seconds={} if plan.errors else {what: round(count, 3) for what, count in seconds.items()})
+    return replace(made, seconds={what: round(count, 3) for what, count in seconds.items()})
 
 
 def _facts(part: Source, download: int) -> ModelFacts:

@@ -69,7 +69,7 @@ def test_a_rule_reaches_a_module(dense, tmp_path):
 def test_an_interrupted_merge_takes_over_a_finished_module(dense, tmp_path, monkeypatch):
     pair = [dense["a"], dense["b"]]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="pulled out"):
-        patch.setattr(api, "_write_companions", Mock(side_effect=RuntimeError("pulled out")))
+        patch.setattr(api, "_describe", Mock(side_effect=RuntimeError("pulled out")))
         hf_merge.merge(pair, tmp_path / "m", method="linear")
     assert (partial_folder(tmp_path / "m") / DENSE / "model.safetensors").is_file()
     monkeypatch.setattr(Writer, "write", Mock(side_effect=AssertionError("written again")))

@@ -143,7 +143,7 @@ def download(model: ModelRef, *, only: Sequence[str], **hub: Any) -> Path:
     hub.pop("stream", None)
     try:
         return Path(snapshot_download(model.path, revision=model.revision, **told, **hub))
-    except (httpx2.HTTPError, OSError, ValueError) as error:
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
         raise SourceError(_refusal(model, error, **hub)) from error
 
 

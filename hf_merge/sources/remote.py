@@ -77,7 +77,7 @@ class RemoteFile:
         """
         try:
             return Path(hf_hub_download(self.repo, self.name, revision=self.commit, **self.hub, **options))
-        except (httpx2.HTTPError, OSError, ValueError) as error:
+        except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
             raise self.refused(error, self.name) from error
 
     def read(self, begin: int, end: int) -> bytearray:

@@ -24,7 +24,9 @@ def folder(tmp_path):
 
 def test_of_a_model_on_the_hub_only_the_tokenizer_is_fetched(folder, monkeypatch):
     asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda path, **words: asked.update(words) or str(folder))
+    monkeypatch.setattr(
+        "hf_merge.sources.hub.snapshot_download", lambda path, **words: asked.update(words) or str(folder)
+    )
     loaded = load_reference(ModelRef(path="org/a", revision="v1"), token="secret")
     assert loaded.label == "org/a@v1" and loaded.generation == {"eos_token_id": 2} and loaded.config == {}
     assert asked["revision"] == "v1" and asked["token"] == "secret"
