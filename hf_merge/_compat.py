@@ -259,3 +259,14 @@ def compile_chat_template(text: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(text)
+
+
+def uploaded_file(path: str, *, sha256: str, size: int) -> Any:
+    """Return what a commit says of a large file that was uploaded by another process, and is not here any more."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    addition = CommitOperationAdd(path, b"")
+    addition.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
+    addition._upload_mode, addition._is_uploaded, addition._should_ignore = "lfs", True, False
+    return addition

@@ -13,13 +13,14 @@ from threading import Lock
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import tqdm
 from jinja2 import TemplateError
 from torch import Tensor
 
+from hf_merge import hub
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
-from hf_merge.errors import MergeError, OutputError
+from hf_merge.errors import MergeError, OutputError, PublishError
 from hf_merge.execute import execute
 from hf_merge.lazy import LazyMerge
 from hf_merge.lineage import licence_problems, parts_of
@@ -33,22 +34,26 @@ from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.renamed import remapped
 from hf_merge.types import ModelRef, Ref
 from hf_merge.vocabulary import align_vocabularies
-from hf_merge.writer import WEIGHTS, Writer, refuse_existing
-
-RECIPE_FILE = "hf_merge_recipe.yaml"
+from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, partial_folder, refuse_existing
 
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged model on disk.
+    """A merged model on disk, or on the Hub.
 
     Attributes:
-        path: its folder, or its file.
+        path: its folder, or its file; None if it is on the Hub only.
         plan: how it was made.
+        repo_id: where it is on the Hub, if it was pushed there while it was merged.
+        commit: which commit there.
+        url: the page of the commit, or of the pull request.
     """
 
-    path: Path
+    path: Path | None
     plan: Plan = field(repr=False)
+    repo_id: str | None = None
+    commit: str | None = None
+    url: str | None = None
 
     @property
     def card(self) -> ModelCard:
@@ -57,6 +62,10 @@ class MergedModel:
         Raises:
             MergeError: it is a single file.
         """
+        if self.path is None:
+            from huggingface_hub import hf_hub_download
+
+            return ModelCard.load(hf_hub_download(str(self.repo_id), "README.md", revision=self.commit))
         if self.path.is_file():
             raise MergeError(
                 f"'{self.path}' is a single file of weights: its recipe is in its metadata, it has no card."
@@ -67,18 +76,47 @@ class MergedModel:
         """Load it with `from_pretrained` of its class.
 
         Args:
-            **kwargs: of `from_pretrained`: dtype, device_map, ...
+            **kwargs: of `from_pretrained`: dtype, device_map, token for a private model on the Hub, ...
 
         Raises:
             MergeError: it is no transformers model.
         """
         import transformers
 
-        if not (self.path / "config.json").is_file():
-            raise MergeError(f"'{self.path}' has no config.json: load its tensors with safetensors.torch.load_file.")
-        names = read_json(self.path / "config.json").get("architectures") or ["AutoModel"]
-        model_class = getattr(transformers, names[0], transformers.AutoModel)
+        if not (self.plan.config if self.path is None else (self.path / "config.json").is_file()):
+            place = self.path or self.repo_id
+            raise MergeError(f"'{place}' has no config.json: load its tensors with safetensors.torch.load_file.")
+        config = self.plan.config if self.path is None else read_json(self.path / "config.json")
+        model_class = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
+        if self.path is None:
+            return model_class.from_pretrained(str(self.repo_id), revision=self.commit, **kwargs)
         return model_class.from_pretrained(self.path, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        exist_ok: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Publish it on the Hub, as one commit; see `hf_merge.push_to_hub`.
+
+        Raises:
+            OutputExistsError: there is a model already.
+            PublishError: the Hub does not take it, or it is on the Hub only.
+        """
+        if self.path is None:
+            raise PublishError(
+                f"The model is on the Hub only, at {self.url}: copy it there with `huggingface_hub.duplicate_repo`."
+            )
+        return hub.push_to_hub(
+            self.path, repo_id, private=private, create_pr=create_pr, revision=revision,
+            commit_message=commit_message, exist_ok=exist_ok, token=token,
+        )  # fmt: skip
 
 
 def plan(
@@ -107,14 +145,20 @@ def plan(
         RecipeError: the recipe cannot be meant.
         SourceError: a model cannot be read.
     """
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    return _prepare(recipe, changes, device_map, max_shard_size, hub)[0]
+    read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return _prepare(recipe, changes, device_map, max_shard_size, read)[0]
 
 
 def merge(
     recipe: Any,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
+    push_to_hub: str | None = None,
+    keep_local: bool | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    exist_ok: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     device_map: DeviceMap = "auto",
@@ -125,14 +169,22 @@ def merge(
     card_template: str | Path | None = None,
     **changes: Any,
 ) -> MergedModel:
-    """Merge models into a folder that `from_pretrained` loads.
+    """Merge models into a folder that `from_pretrained` loads, or straight into the Hub.
 
         hf_merge.merge("recipe.yaml", "merged")
         hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=[0.5, 0.3])
+        hf_merge.merge("recipe.yaml", push_to_hub="me/merged")
+
+    Without `output`, files of weights are uploaded and deleted while the next are merged: at most two lie on the disk,
+    in a hidden folder of the current one.
 
     Args:
         recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
         output: the folder to make, or a file `NAME.safetensors`. It appears when it is whole.
+        push_to_hub: the repository to publish the model in, as one commit; see `hf_merge.push_to_hub`. It is checked
+            before anything is merged.
+        keep_local: leave the model at `output` too. Default: if there is an `output`.
+        private, create_pr, commit_message, exist_ok: of the push.
         overwrite: replace the model that is there, once the new one is whole.
         resume: take over the finished shards of an interrupted run of the same merge.
         device_map: where tensors are computed: `auto`, a device, or prefixes of tensor names with devices.
@@ -145,27 +197,67 @@ def merge(
     Raises:
         RecipeError, SourceError, PlanError: before anything is written.
         ComputeError, OutputError: nothing appears at `output`.
+        PublishError: before anything is merged, or when the Hub fails; its repository is as it was.
     """
-    target = Path(os.path.abspath(os.path.expanduser(output)))
-    if target.suffix in PICKLES:
-        raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
+    target = _target(output, push_to_hub, keep_local)
     one_file = target.suffix == WEIGHTS
-    refuse_existing(target, overwrite=overwrite)
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, hub)
+    away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
+    if not away:
+        refuse_existing(target, overwrite=overwrite)
+    destination = None
+    if push_to_hub is not None:
+        wishes = {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok}
+        destination = hub.ask(push_to_hub, token=token, **wishes)
+        destination.refuse_occupied_by_others(partial_folder(target) if away and resume else None)
+    read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, read)
     made.check()
     _refuse_own_input(target, sources)
-    _try_card(made, sources, target.name, card_template)
-    shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True)))
+    name = target.name if destination is None else destination.repo_id
+    card = _try_card(made, sources, name, card_template)
+    shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True))).to_yaml()
+    fingerprint = _fingerprint(made, sources, resume=resume)
+    if destination is not None:
+        destination.check_card(card)
+        destination = destination.prepare()
+    uploads = hub.Uploads(destination, recipe=shown) if destination is not None and away else None
     writer = Writer(
-        target, made, fingerprint=_fingerprint(made, sources, resume=resume), overwrite=overwrite, resume=resume,
-        metadata={"hf_merge_recipe": shown.to_yaml()},
+        target, made, fingerprint=fingerprint, overwrite=overwrite, resume=resume, metadata={RECIPE_KEY: shown},
+        carrier=uploads,
     )  # fmt: skip
     with writer:
         _run(made, sources, writer)
         if not one_file:
-            _write_companions(made, sources, writer.folder, name=target.name, card_template=card_template)
-    return MergedModel(target, made)
+            _write_companions(made, sources, writer.folder, name=name, card_template=card_template)
+    if destination is None:
+        return MergedModel(target, made)
+    info = _push(target, destination) if uploads is None else uploads.info
+    return MergedModel(None if away else target, made, destination.repo_id, info.oid, info.pr_url or info.commit_url)
+
+
+def _target(output: str | os.PathLike[str] | None, repo_id: str | None, keep_local: bool | None) -> Path:
+    """Return the place of the output; if it goes to the Hub only, the place whose hidden sibling is worked in."""
+    if output is None and (repo_id is None or keep_local):
+        raise OutputError("Where to? Name an output folder; one that goes to the Hub only needs push_to_hub alone.")
+    if keep_local is not None and repo_id is None:
+        raise OutputError("keep_local says what stays here of a model that is pushed: name push_to_hub too.")
+    target = Path(os.path.abspath(os.path.expanduser(str(repo_id).replace("/", "--") if output is None else output)))
+    if target.suffix in PICKLES and output is not None:
+        raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
+    if target.suffix == WEIGHTS and repo_id is not None:
+        raise OutputError(f"'{target.name}' is a single file, and what is pushed is a folder: name a folder.")
+    return target
+
+
+def _push(folder: Path, destination: hub.Destination) -> CommitInfo:
+    """Publish what was merged; if that fails, say that the merge need not be repeated."""
+    try:
+        return hub.push_folder(folder, destination)
+    except PublishError as error:
+        raise PublishError(
+            f"{error} The merged model is whole in '{folder}': "
+            f"push it with `hf-merge push {folder} {destination.repo_id}`."
+        ) from error
 
 
 def merge_state_dicts(
@@ -241,13 +333,13 @@ def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
 
     with bar:
         bar.update(sum(made.specs[name].nbytes for name in finished))
-        execute(made, sources, write, skip=writer.is_finished)
+        execute(made, sources, write, skip=writer.is_finished, stopped=writer.stop)
 
 
-def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> None:
+def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> str:
     """Render the card once before anything is computed: a template that fails should not fail at the end."""
     try:
-        merged_card(made, sources, name, template=template)
+        return str(merged_card(made, sources, name, template=template))
     except (OSError, TemplateError, ValueError) as error:
         raise OutputError(f"The card cannot be written from '{template or 'merged.md'}': {error}.") from error
 

@@ -40,8 +40,9 @@ def execute(
     *,
     workers: int | None = None,
     skip: Callable[[str], bool] = lambda name: False,
+    stopped: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compute every tensor of a plan and hand it to `write`, tile by tile.
+    """Compute every tensor of a plan, file by file, and hand it to `write`, tile by tile.
 
     Args:
         plan: what to compute.
@@ -49,11 +50,12 @@ def execute(
         write: where the tiles go.
         workers: threads; see `planning.default_workers`.
         skip: names of tensors that are not needed.
+        stopped: called when the rest is given up, so that no thread waits in `write` any longer.
 
     Raises:
         ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
     """
-    steps = [step for step in plan.steps if not skip(step.name)]
+    steps = [step for step in plan.by_file if not skip(step.name)]
     torch.empty(_KEPT, dtype=torch.uint8)  # never touched; once it is freed, glibc keeps freed blocks up to this size
     scratch = local()
     stop = Event()
@@ -70,8 +72,10 @@ def execute(
     with _kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             _join([pool.submit(work, step) for step in steps])
-        finally:
-            stop.set()  # an error or Ctrl-C: what is queued ends at once
+        except BaseException:  # an error or Ctrl-C: what is queued ends at once
+            stop.set()
+            stopped()
+            raise
 
 
 def compute(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:

@@ -9,12 +9,15 @@ from typing import Any
 
 import httpx2
 
+from hf_merge.answers import PASS_A_TOKEN as _PASS_A_TOKEN
+from hf_merge.answers import endpoint as _endpoint
+from hf_merge.answers import is_unreachable
+from hf_merge.answers import reason as _reason
 from hf_merge.errors import SourceError
 from hf_merge.sources.checkpoint import PICKLES, module_folders
 from hf_merge.types import ModelRef
 
 _OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "original/*"]
-_PASS_A_TOKEN = "(--token, token=, HF_TOKEN or `hf auth login`)"
 
 
 def download(model: ModelRef, *, only: Sequence[str] | None = None, **hub: Any) -> Path:
@@ -61,7 +64,7 @@ def _refusal(model: ModelRef, error: Exception, **hub: Any) -> str:
             return _not_cached(model, "HF_HUB_OFFLINE" if cause is not error else "local_files_only")
     if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
         return _answered(model, cause)
-    if isinstance(cause, (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError)):
+    if is_unreachable(cause):
         return (
             f"The Hub at {_endpoint()} cannot be reached for '{model.path}' ({_reason(cause)}): "
             "check the network and HF_ENDPOINT, and run it again."
@@ -113,14 +116,3 @@ def _not_cached(model: ModelRef, because: str) -> str:
         f"There is no folder '{model.path}', and no whole model of that name in the cache, "
         f"and {because} forbids to ask the Hub: run `hf download {model.path}{revision}` or allow it."
     )
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -204,6 +204,7 @@ def application(store: Store, url: str) -> ASGIApp:
         ("POST", "/{ns}/{name}.git/info/lfs/objects/batch", api.large_batch),
         ("PUT", "/lfs/{oid}", api.large_put),
         ("POST", "/lfs/{oid}/verify", api.large_verify),
+        ("POST", f"{model}/lfs-files/duplicate", api.duplicate),
         ("GET", "/{ns}/{name}/resolve/{rev}/{path:path}", api.resolve),
     ]
     made = [Route(path, answer, methods=[method]) for method, path, answer in routes]
@@ -447,6 +448,17 @@ class Api:
             raise HubError(404, "", "no such object")
         return JSONResponse({})
 
+    async def duplicate(self, request: Request) -> Response:
+        """Give large files of one repository to another, without sending them."""
+        token, body = self.token(request), await request.json()
+        source = self.store.readable(_id(request), token)
+        self.store.writable(body["target"]["name"], token)
+        commits = [commit for head in source.refs.values() for commit in head.history()]
+        held = {blob.sha256: blob.content for commit in commits for blob in commit.files.values() if blob.large}
+        wanted = [each["sha256"] for each in body["files"]]
+        self.store.large |= {oid: held[oid] for oid in wanted if oid in held}
+        return JSONResponse({"failed": [{"sha256": oid, "error": "not here"} for oid in wanted if oid not in held]})
+
     async def resolve(self, request: Request) -> Response:
         repo = self.store.readable(_id(request), self.token(request))
         commit, path = repo.commit(_revision(request)), request.path_params["path"]
@@ -500,7 +512,8 @@ def _entries(commit: Commit) -> list[dict[str, Any]]:
     folders = sorted({"/".join(names[:depth]) for names in parts for depth in range(1, len(names))})
     listed = [{"type": "directory", "oid": hashlib.sha1(f.encode()).hexdigest(), "size": 0, "path": f} for f in folders]
     for path, blob in sorted(commit.files.items()):
-        lfs = {"lfs": {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}} if blob.large else {}
+        about = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
+        lfs = {"lfs": about, "xetHash": blob.sha256} if blob.large else {}
         listed.append({"type": "file", "oid": blob.oid, "size": blob.size, "path": path, **lfs})
     return listed
 
