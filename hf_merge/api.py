@@ -17,6 +17,7 @@ from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import tqdm
 from jinja2 import TemplateError
 from torch import Tensor
+from yaml import YAMLError
 
 from hf_merge import hub
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
@@ -340,8 +341,10 @@ def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path
     """Render the card once before anything is computed: a template that fails should not fail at the end."""
     try:
         return str(merged_card(made, sources, name, template=template))
-    except (OSError, TemplateError, ValueError) as error:
-        raise OutputError(f"The card cannot be written from '{template or 'merged.md'}': {error}.") from error
+    except (OSError, TemplateError, ValueError, YAMLError) as error:
+        raise OutputError(
+            f"The card cannot be written from '{template or 'merged.md'}': {' '.join(str(error).split())}."
+        ) from error
 
 
 def _write_companions(

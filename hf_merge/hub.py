@@ -401,9 +401,14 @@ class Uploads:
         self._folder = folder
         self.taken = noted(folder, self.destination.repo_id)
         self._earlier = set(self.taken)
-        self._sent = {file: _compat.uploaded_file(file, **about) for file, about in self.taken.items()}
+        self._sent = {file: self._uploaded(file, **about) for file, about in self.taken.items()}
         self._thread.start()
         return set(self.taken)
+
+    def _uploaded(self, file: str, *, sha256: str, size: int) -> CommitOperationAdd:
+        there = self.destination.files.get(file)
+        is_committed = there is not None and there.lfs is not None and there.lfs.sha256 == sha256
+        return _compat.uploaded_file(file, sha256=sha256, size=size, is_committed=is_committed)
 
     def admit(self, file: str) -> None:
         """Wait until fewer than two files lie on the disk, or raise what went wrong with an upload."""
@@ -572,7 +577,7 @@ def _is_about_copies(error: BaseException, copies: Iterable[CommitOperationCopy]
     """Tell whether it is copying that failed."""
     if isinstance(error, (FileDuplicationError, EntryNotFoundError)):
         return True
-    url = str(error.request.url) if isinstance(error, HfHubHTTPError) and error.request else ""
+    url = str(error.response.url) if isinstance(error, HfHubHTTPError) else ""
     return any(f"/{copy.src_repo_id}/" in url for copy in copies)
 
 
@@ -624,6 +629,8 @@ def _refusal(repo_id: str, error: BaseException) -> str:
         )
     if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
         return _answered(repo_id, cause)
+    if isinstance(cause, json.JSONDecodeError):
+        return f"The Hub did not take '{repo_id}' (its answer is no JSON): run it again later; {_NOT_SENT_AGAIN}."
     if is_unreachable(cause):
         return (
             f"The Hub at {endpoint()} cannot be reached for '{repo_id}' ({reason(cause)}): "
