@@ -201,15 +201,14 @@ def merge(
         PublishError: before anything is merged, or when the Hub fails; its repository is as it was.
     """
     target = _target(output, push_to_hub, keep_local)
-    one_file = target.suffix == WEIGHTS
+    one_file = output is not None and target.suffix == WEIGHTS
     away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
     if not away:
         refuse_existing(target, overwrite=overwrite)
-    destination = None
-    if push_to_hub is not None:
-        wishes = {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok}
-        destination = hub.ask(push_to_hub, token=token, **wishes)
-        destination.refuse_occupied_by_others(partial_folder(target) if away and resume else None)
+    destination = _destination(
+        push_to_hub, partial_folder(target) if away and resume else None, token,
+        {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok},
+    )  # fmt: skip
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, read)
     made.check()
@@ -241,13 +240,28 @@ def _target(output: str | os.PathLike[str] | None, repo_id: str | None, keep_loc
     if output is None and (repo_id is None or keep_local):
         raise OutputError("Where to? Name an output folder; one that goes to the Hub only needs push_to_hub alone.")
     if keep_local is not None and repo_id is None:
-        raise OutputError("keep_local says what stays here of a model that is pushed: name push_to_hub too.")
+        raise OutputError(
+            "keep_local= says what stays here of a model that is pushed: name push_to_hub= (--push-to-hub) too."
+        )
     target = Path(os.path.abspath(os.path.expanduser(str(repo_id).replace("/", "--") if output is None else output)))
-    if target.suffix in PICKLES and output is not None:
+    if output is not None and target.suffix in PICKLES:
         raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
-    if target.suffix == WEIGHTS and repo_id is not None:
+    if output is not None and target.suffix == WEIGHTS and repo_id is not None:
         raise OutputError(f"'{target.name}' is a single file, and what is pushed is a folder: name a folder.")
     return target
+
+
+def _destination(
+    repo_id: str | None, resumed: Path | None, token: str | bool | None, wishes: Mapping[str, Any]
+) -> hub.Destination | None:
+    """Ask the Hub whether the model may be pushed there, before anything is merged; None if it is not to be pushed."""
+    if repo_id is not None:
+        found = hub.ask(repo_id, token=token, **wishes)
+        found.refuse_occupied_by_others(resumed)
+        return found
+    if said := [f"{name}=" for name, value in wishes.items() if value]:
+        raise OutputError(f"{', '.join(said)} says how to push the model: name push_to_hub= (--push-to-hub) too.")
+    return None
 
 
 def _push(folder: Path, destination: hub.Destination) -> CommitInfo:

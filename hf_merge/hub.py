@@ -206,7 +206,10 @@ class Destination:
         return replace(self._at(branch), has_branch=True, is_fresh=branch.sha == main.sha)
 
     def _at(self, info: Any) -> Destination:
-        return replace(self, head=info.sha, files={each.rfilename: each for each in info.siblings or ()})
+        """Note the head of the branch, what is there, and how the Hub calls the repository: names may have moved."""
+        return replace(
+            self, repo_id=info.id, head=info.sha, files={each.rfilename: each for each in info.siblings or ()}
+        )
 
     def _is_branch(self, revision: str) -> bool:
         """Tell whether a branch exists; refuse what can be none."""
