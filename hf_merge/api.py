@@ -34,6 +34,7 @@ from hf_merge.sources.checkpoint import PICKLES, Checkpoint, read_json
 from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.renamed import remapped
 from hf_merge.types import ModelRef, Ref
+from hf_merge.uploads import Uploads
 from hf_merge.vocabulary import align_vocabularies
 from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, partial_folder, refuse_existing
 
@@ -220,7 +221,7 @@ def merge(
     if destination is not None:
         destination.check_card(card)
         destination = destination.prepare()
-    uploads = hub.Uploads(destination, recipe=shown) if destination is not None and away else None
+    uploads = Uploads(destination, recipe=shown) if destination is not None and away else None
     writer = Writer(
         target, made, fingerprint=fingerprint, overwrite=overwrite, resume=resume, metadata={RECIPE_KEY: shown},
         carrier=uploads,

@@ -10,12 +10,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Condition, Thread
 from typing import Any
 
 import httpx2
@@ -34,15 +31,13 @@ from huggingface_hub.errors import (
     FileDuplicationError,
     HfHubHTTPError,
     HFValidationError,
-    LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 from huggingface_hub.utils import logging, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from hf_merge import _compat
-from hf_merge.answers import PASS_A_TOKEN, endpoint, is_unreachable, reason
+from hf_merge.answers import FAILURES, PASS_A_TOKEN, endpoint, in_words, no_token, reason
 from hf_merge.card import with_checksums, with_name, without_paths
 from hf_merge.errors import MergeError, OutputExistsError, PublishError, shown
 from hf_merge.recipe import Recipe
@@ -53,13 +48,8 @@ from hf_merge.writer import CARRIED, RECIPE_FILE, RECIPE_KEY, WEIGHTS
 logger = logging.get_logger(__name__)
 
 CARD = "README.md"
-AT_ONCE = 2
-"""Files of weights that lie on the disk at a time: one that is written, and one that is uploaded."""
-
-_NOT_SENT_AGAIN = "what was uploaded is not sent again"
 _IGNORE_NOTHING = "# every file counts\n"
 _COMMIT = re.compile("[0-9a-f]{40}")
-_FAILURES = (httpx2.HTTPError, OSError, ValueError, RuntimeError, FileDuplicationError, EntryNotFoundError)
 
 
 def push_to_hub(
@@ -96,7 +86,7 @@ def push_to_hub(
         PublishError: the Hub does not take it. What it held is as it was; the same call goes on.
     """
     place = Path(folder).expanduser()
-    with _in_words(repo_id, token):
+    with in_words(repo_id, token):
         additions = folder_contents(place)
     destination = ask(
         repo_id, private=private, create_pr=create_pr, revision=revision, commit_message=commit_message,
@@ -141,7 +131,7 @@ def ask(
         raise PublishError(f"HF_HUB_OFFLINE forbids to push to '{repo_id}': unset it, or write to a folder.")
     _refuse_odd_token(token)
     api = HfApi(token=token, library_name="hf_merge")
-    with _in_words(repo_id, token):
+    with in_words(repo_id, token):
         validate_repo_id(repo_id)
         user = api.whoami()
         _refuse_reader(user)
@@ -150,7 +140,7 @@ def ask(
         "private": private, "create_pr": create_pr, "revision": revision, "exist_ok": exist_ok,
         "message": commit_message or "Upload with hf_merge", "token": token,
     }  # fmt: skip
-    with _in_words(full_id, token):
+    with in_words(full_id, token):
         return Destination(full_id, str(user["name"]), api, **wishes).found()
 
 
@@ -189,7 +179,7 @@ class Destination:
 
     def in_words(self) -> Any:
         """Turn what goes wrong inside into a `PublishError` of one sentence."""
-        return _in_words(self.repo_id, self.token)
+        return in_words(self.repo_id, self.token)
 
     def found(self) -> Destination:
         """Look what is there."""
@@ -337,7 +327,7 @@ class Destination:
                 self.send([everything[CARD]])
             try:
                 return self._commit({**everything, **copies})
-            except _FAILURES as error:
+            except FAILURES as error:
                 if not copies or not _is_about_copies(error, copies.values()):
                     raise
                 logger.info("Files cannot be copied on the Hub and are uploaded: %s", reason(error))
@@ -373,129 +363,6 @@ class Destination:
             logger.info("'%s' cannot be seen, and no file is copied from it: %s", parent, reason(error))
             return []
         return [each for each in tree if isinstance(each, RepoFile) and each.lfs and each.xet_hash]
-
-
-class Uploads:
-    """The writer's carrier: sends every file as soon as it is whole, while the next is merged, and deletes it.
-
-    Attributes:
-        destination: where to.
-        recipe: what others may see of it.
-        taken: SHA-256 and size of the files that are on the Hub; a resumed run takes them over.
-        info: the commit; there is none before `complete` is done.
-    """
-
-    info: CommitInfo
-
-    def __init__(self, destination: Destination, *, recipe: str):
-        self.destination, self.recipe = destination, recipe
-        self.taken: dict[str, dict[str, Any]] = {}
-        self._sent: dict[str, CommitOperationAdd] = {}
-        self._earlier: set[str] = set()
-        self._here: set[str] = set()
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
-        self._changed = Condition()
-        self._failure: BaseException | None = None
-        self._stopped = False
-        self._thread = Thread(target=self._work, name="hf_merge uploads", daemon=True)
-
-    def begin(self, folder: Path) -> set[str]:
-        """Start; return the files that an earlier run has uploaded."""
-        self._folder = folder
-        self.taken = noted(folder, self.destination.repo_id)
-        self._earlier = set(self.taken)
-        self._sent = {file: self._uploaded(file, **about) for file, about in self.taken.items()}
-        self._thread.start()
-        return set(self.taken)
-
-    def _uploaded(self, file: str, *, sha256: str, size: int) -> CommitOperationAdd:
-        there = self.destination.files.get(file)
-        is_committed = there is not None and there.lfs is not None and there.lfs.sha256 == sha256
-        return _compat.uploaded_file(file, sha256=sha256, size=size, is_committed=is_committed)
-
-    def admit(self, file: str) -> None:
-        """Wait until fewer than two files lie on the disk, or raise what went wrong with an upload."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._stopped or len(self._here) < AT_ONCE)
-            self._raise_failure()
-            if self._stopped:
-                raise PublishError("The merge was given up.")
-            self._here.add(file)
-
-    def take(self, file: str) -> None:
-        """Upload a whole file, in the background."""
-        self._queue.put(file)
-
-    def stop(self) -> None:
-        """Give up; an upload that goes on does not count any more."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._queue.put(None)
-
-    def complete(self) -> None:
-        """Wait for the uploads, and commit them with all that lies in the folder."""
-        self._queue.put(None)
-        self._thread.join()
-        self._raise_failure()
-        with self.destination.in_words():
-            additions = folder_contents(self._folder)
-            additions.pop(CARD)
-            card = (self._folder / CARD).read_text(encoding="utf-8")
-        additions[RECIPE_FILE] = CommitOperationAdd(RECIPE_FILE, self.recipe.encode())
-        additions = {path: each for path, each in additions.items() if path not in self._sent}
-        try:
-            self.info = self.destination.commit(additions, carried=self._sent, card=card, recipe=self.recipe)
-        except PublishError as error:
-            if self._earlier and "LFS pointer" in str(error.__cause__):
-                self._forget_earlier()
-                raise PublishError(
-                    f"The Hub has lost what an earlier run uploaded for '{self.destination.repo_id}': "
-                    "repeat the call with resume=True (--resume), and these files are merged again."
-                ) from error
-            raise
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _work(self) -> None:
-        while (file := self._queue.get()) is not None:
-            try:
-                self._send(file)
-            except BaseException as error:
-                with self._changed:
-                    self._failure = error
-                    self._changed.notify_all()
-                return
-
-    def _send(self, file: str) -> None:
-        path = self._folder / file
-        with self.destination.in_words():
-            addition = CommitOperationAdd(file, path)
-            self.destination.send([addition], forget=True)
-        with self._changed:
-            if self._stopped:
-                return
-            self._sent[file] = addition
-            if addition.path_or_fileobj == b"":  # else the Hub keeps it in git, and it goes out with the commit
-                about = addition.upload_info
-                self.taken[file] = {"sha256": about.sha256.hex(), "size": about.size}
-                self._note()
-                path.unlink()
-            self._here.discard(file)
-            self._changed.notify_all()
-
-    def _note(self) -> None:
-        """Leave word of what is on the Hub."""
-        text = json.dumps({"repo_id": self.destination.repo_id, "files": self.taken})
-        new = self._folder / f"{CARRIED}.new"
-        new.write_text(text, encoding="utf-8")
-        new.replace(self._folder / CARRIED)
-
-    def _forget_earlier(self) -> None:
-        self.taken = {file: about for file, about in self.taken.items() if file not in self._earlier}
-        self._note()
 
 
 def noted(folder: Path, repo_id: str) -> dict[str, dict[str, Any]]:
@@ -587,7 +454,7 @@ def _is_about_copies(error: BaseException, copies: Iterable[CommitOperationCopy]
 def _refuse_odd_token(token: str | bool | None) -> None:
     """Raise for a token that cannot be sent; the client's own error would show it."""
     if token is False:
-        raise PublishError(_no_token())
+        raise PublishError(no_token())
     if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
         raise PublishError(f"The token has spaces or other characters that no token has: copy it again {PASS_A_TOKEN}.")
 
@@ -599,83 +466,3 @@ def _refuse_reader(user: Mapping[str, Any]) -> None:
             f"The token of '{user['name']}' may only read: make one that may write at {endpoint()}/settings/tokens, "
             f"and pass it {PASS_A_TOKEN}."
         )
-
-
-def _no_token() -> str:
-    return (
-        "To push to the Hub takes a token that may write, and there is none: "
-        f"make one at {endpoint()}/settings/tokens, and pass it {PASS_A_TOKEN}."
-    )
-
-
-@contextmanager
-def _in_words(repo_id: str, token: str | bool | None) -> Iterator[None]:
-    """Turn what goes wrong with the Hub into one sentence, in which no token stands."""
-    try:
-        yield
-    except MergeError:
-        raise
-    except _FAILURES as error:
-        said = _refusal(repo_id, error)
-        raise PublishError(said.replace(token, "<token>") if isinstance(token, str) else said) from error
-
-
-def _refusal(repo_id: str, error: BaseException) -> str:
-    """Return what went wrong and what to do about it."""
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    if isinstance(cause, LocalTokenNotFoundError):
-        return _no_token()
-    if isinstance(cause, HFValidationError):
-        return (
-            f"'{repo_id}' cannot be the id of a repository: it is NAMESPACE/NAME, of letters, digits, '-', '_' and "
-            "'.', at most 96, with no '--' or '..' in it."
-        )
-    if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
-        return _answered(repo_id, cause)
-    if isinstance(cause, json.JSONDecodeError):
-        return f"The Hub did not take '{repo_id}' (its answer is no JSON): run it again later; {_NOT_SENT_AGAIN}."
-    if is_unreachable(cause):
-        return (
-            f"The Hub at {endpoint()} cannot be reached for '{repo_id}' ({reason(cause)}): "
-            f"check the network and HF_ENDPOINT, and run it again; {_NOT_SENT_AGAIN}."
-        )
-    if isinstance(cause, OSError) and cause.errno is not None and cause.filename:
-        return f"'{cause.filename}' cannot be read or written ({cause.strerror}): mend that, and run it again."
-    return f"The push to '{repo_id}' broke off ({reason(cause)}): run it again; {_NOT_SENT_AGAIN}."
-
-
-def _answered(repo_id: str, error: HfHubHTTPError) -> str:
-    """Say what the Hub's answer means."""
-    from huggingface_hub.errors import GatedRepoError
-
-    status, page = error.response.status_code, f"{endpoint()}/{repo_id}"
-    if isinstance(error, GatedRepoError):
-        return (
-            f"'{repo_id}' is gated: accept its conditions at {page}, "
-            f"and pass a token of the account that did {PASS_A_TOKEN}."
-        )
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return f"The Hub does not accept the token that was sent for '{repo_id}': pass a valid one {PASS_A_TOKEN}."
-    if status == 403:
-        return (
-            f"The token that was sent may not write to '{repo_id}': choose a namespace of its account, "
-            f"open a pull request with create_pr=True (--create-pr), or pass a token that may {PASS_A_TOKEN}."
-        )
-    if status in (401, 404):
-        return (
-            f"There is no '{repo_id}' on the Hub that this token may write to: check namespace, name and branch, "
-            f"or pass a token that may {PASS_A_TOKEN}."
-        )
-    if status == 409:
-        return f"'{repo_id}' exists, and the token that was sent may not see it: choose another name, or another token."
-    if status == 412:
-        return (
-            f"Somebody else changed '{repo_id}' meanwhile, and nothing was put over it: look at {page}/commits, "
-            f"and run it again; {_NOT_SENT_AGAIN}."
-        )
-    if status == 429:
-        return f"The Hub takes no more requests for now: wait some minutes, and run it again; {_NOT_SENT_AGAIN}."
-    said = error.server_message or error.response.reason_phrase
-    if status < 500:
-        return f"The Hub refuses the push to '{repo_id}' ({status}: {shown(said, 300)}): nothing was changed there."
-    return f"The Hub did not take '{repo_id}' ({status} {said}): run it again later; {_NOT_SENT_AGAIN}."

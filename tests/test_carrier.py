@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_merge
-from hf_merge import hub
+from hf_merge import uploads
 from hf_merge.execute import execute
 from hf_merge.writer import CARRIED, Writer, partial_folder
 
@@ -56,12 +56,12 @@ def plan_of(seed: int):
 
 
 def run(tmp_path, plan, states, destination, *, workers=1, write=None, resume=False):
-    uploads = hub.Uploads(destination, recipe="")
-    with Writer(tmp_path / "m", plan, fingerprint="f", metadata={}, carrier=uploads, resume=resume) as writer:
+    carrier = uploads.Uploads(destination, recipe="")
+    with Writer(tmp_path / "m", plan, fingerprint="f", metadata={}, carrier=carrier, resume=resume) as writer:
         write = write or (lambda name, start, values: writer.write(name, start, values))
         execute(plan, states, write, workers=workers, skip=writer.is_finished, stopped=writer.stop)
         (writer.folder / "README.md").write_text("a card")
-    return uploads
+    return carrier
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -74,9 +74,9 @@ def test_any_layout_is_carried_with_two_files_at_a_time(tmp_path, seed):
     done.start()
     done.join(timeout=60)
     assert not done.is_alive(), "the workers wait for one another"
-    assert destination.most <= hub.AT_ONCE and sorted(destination.sent) == sorted(plan.shards)
+    assert destination.most <= uploads.AT_ONCE and sorted(destination.sent) == sorted(plan.shards)
     index = {"model.safetensors.index.json"} if sum("/" not in file for file in plan.shards) > 1 else set()
-    assert destination.committed == {*plan.shards, hub.RECIPE_FILE} | index and not list(tmp_path.iterdir())
+    assert destination.committed == {*plan.shards, uploads.RECIPE_FILE} | index and not list(tmp_path.iterdir())
 
 
 def test_an_error_ends_the_wait_for_an_upload_that_does_not_end(tmp_path):
@@ -105,11 +105,11 @@ def test_an_upload_that_fails_ends_the_merge_and_the_next_run_takes_over_what_wa
     first = Destination(folder, send)
     with pytest.raises(hf_merge.PublishError, match="no"):
         run(tmp_path, plan, states, first, workers=3)
-    assert first.sent and hub.noted(folder, "me/m").keys() == {*first.sent} and (folder / CARRIED).is_file()
-    assert not hub.noted(folder, "me/other")
+    assert first.sent and uploads.noted(folder, "me/m").keys() == {*first.sent} and (folder / CARRIED).is_file()
+    assert not uploads.noted(folder, "me/other")
     second = Destination(folder)
-    uploads = run(tmp_path, plan, states, second, workers=3, resume=True)
-    assert sorted([*first.sent, *second.sent]) == sorted(plan.shards) and uploads.info.oid
+    carrier = run(tmp_path, plan, states, second, workers=3, resume=True)
+    assert sorted([*first.sent, *second.sent]) == sorted(plan.shards) and carrier.info.oid
     assert {*plan.shards} <= second.committed and second.most <= 2 and not list(tmp_path.iterdir())
 
 
