@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         OutputExistsError,
         ParameterError,
         PlanError,
+        PublishError,
         RecipeError,
         SourceError,
         UnknownMethodError,
     )
+    from hf_merge.hub import push_to_hub
     from hf_merge.method import MergeMethod, get_method, list_methods, merge_method
     from hf_merge.planning import Plan
     from hf_merge.recipe import Recipe
@@ -34,8 +36,9 @@ _HOME = {
     "api": ("MergedModel", "merge", "merge_state_dicts", "plan"),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
-        "RecipeError", "SourceError", "UnknownMethodError",
+        "PublishError", "RecipeError", "SourceError", "UnknownMethodError",
     ),
+    "hub": ("push_to_hub",),
     "method": ("MergeMethod", "get_method", "list_methods", "merge_method"),
     "planning": ("Plan",),
     "recipe": ("Recipe",),
@@ -52,6 +55,7 @@ __all__ = [
     "ParameterError",
     "Plan",
     "PlanError",
+    "PublishError",
     "Recipe",
     "RecipeError",
     "SourceError",
@@ -62,6 +66,7 @@ __all__ = [
     "merge_method",
     "merge_state_dicts",
     "plan",
+    "push_to_hub",
 ]
 
 

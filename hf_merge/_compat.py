@@ -259,3 +259,22 @@ def compile_chat_template(text: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(text)
+
+
+def uploaded_file(path: str, *, sha256: str, size: int, is_committed: bool = False) -> Any:
+    """Return what a commit says of a large file that was uploaded by another process, and is not here any more.
+
+    Args:
+        path: in the repository.
+        sha256: its digest, in hexadecimal digits.
+        size: in bytes.
+        is_committed: it is there already, so that the commit need not name it.
+    """
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    addition = CommitOperationAdd(path, b"")
+    addition.upload_info = UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256))
+    addition._upload_mode, addition._is_uploaded, addition._should_ignore = "lfs", True, False
+    addition._remote_oid = sha256 if is_committed else None
+    return addition

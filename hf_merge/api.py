@@ -13,13 +13,15 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import tqdm
 from jinja2 import TemplateError
 from torch import Tensor
+from yaml import YAMLError
 
+from hf_merge import hub
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
-from hf_merge.errors import MergeError, OutputError
+from hf_merge.errors import MergeError, OutputError, PublishError
 from hf_merge.execute import execute
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.lazy import LazyMerge
@@ -36,23 +38,28 @@ from hf_merge.sources.renamed import remapped
 from hf_merge.sources.weights import PICKLES
 from hf_merge.survey import surveyed
 from hf_merge.types import ModelRef, Ref
+from hf_merge.uploads import Uploads
 from hf_merge.vocabulary import align_vocabularies
-from hf_merge.writer import WEIGHTS, Writer, refuse_existing
-
-RECIPE_FILE = "hf_merge_recipe.yaml"
+from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, partial_folder, refuse_existing
 
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged model on disk.
+    """A merged model on disk, or on the Hub.
 
     Attributes:
-        path: its folder, or its file.
+        path: its folder, or its file; None if it is on the Hub only.
         plan: how it was made.
+        repo_id: where it is on the Hub, if it was pushed there while it was merged.
+        commit: which commit there.
+        url: the page of the commit, or of the pull request.
     """
 
-    path: Path
+    path: Path | None
     plan: Plan = field(repr=False)
+    repo_id: str | None = None
+    commit: str | None = None
+    url: str | None = None
 
     @property
     def card(self) -> ModelCard:
@@ -61,6 +68,10 @@ class MergedModel:
         Raises:
             MergeError: it is a single file.
         """
+        if self.path is None:
+            from huggingface_hub import hf_hub_download
+
+            return ModelCard.load(hf_hub_download(str(self.repo_id), "README.md", revision=self.commit))
         if self.path.is_file():
             raise MergeError(
                 f"'{self.path}' is a single file of weights: its recipe is in its metadata, it has no card."
@@ -71,18 +82,47 @@ class MergedModel:
         """Load it with `from_pretrained` of its class.
 
         Args:
-            **kwargs: of `from_pretrained`: dtype, device_map, ...
+            **kwargs: of `from_pretrained`: dtype, device_map, token for a private model on the Hub, ...
 
         Raises:
             MergeError: it is no transformers model.
         """
         import transformers
 
-        if not (self.path / "config.json").is_file():
-            raise MergeError(f"'{self.path}' has no config.json: load its tensors with safetensors.torch.load_file.")
-        names = read_json(self.path / "config.json").get("architectures") or ["AutoModel"]
-        model_class = getattr(transformers, names[0], transformers.AutoModel)
+        if not (self.plan.config if self.path is None else (self.path / "config.json").is_file()):
+            place = self.path or self.repo_id
+            raise MergeError(f"'{place}' has no config.json: load its tensors with safetensors.torch.load_file.")
+        config = self.plan.config if self.path is None else read_json(self.path / "config.json")
+        model_class = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
+        if self.path is None:
+            return model_class.from_pretrained(str(self.repo_id), revision=self.commit, **kwargs)
         return model_class.from_pretrained(self.path, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        exist_ok: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Publish it on the Hub, as one commit; see `hf_merge.push_to_hub`.
+
+        Raises:
+            OutputExistsError: there is a model already.
+            PublishError: the Hub does not take it, or it is on the Hub only.
+        """
+        if self.path is None:
+            raise PublishError(
+                f"The model is on the Hub only, at {self.url}: copy it there with `huggingface_hub.duplicate_repo`."
+            )
+        return hub.push_to_hub(
+            self.path, repo_id, private=private, create_pr=create_pr, revision=revision,
+            commit_message=commit_message, exist_ok=exist_ok, token=token,
+        )  # fmt: skip
 
 
 def plan(
@@ -113,14 +153,20 @@ def plan(
         RecipeError: the recipe cannot be meant.
         SourceError: a model cannot be read.
     """
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    return surveyed(*_prepare(recipe, changes, device_map, max_shard_size, hub))
+    read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
+    return surveyed(*_prepare(recipe, changes, device_map, max_shard_size, read))
 
 
 def merge(
     recipe: Any,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
+    push_to_hub: str | None = None,
+    keep_local: bool | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    exist_ok: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     device_map: DeviceMap = "auto",
@@ -132,14 +178,22 @@ def merge(
     card_template: str | Path | None = None,
     **changes: Any,
 ) -> MergedModel:
-    """Merge models into a folder that `from_pretrained` loads.
+    """Merge models into a folder that `from_pretrained` loads, or straight into the Hub.
 
         hf_merge.merge("recipe.yaml", "merged")
         hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=[0.5, 0.3])
+        hf_merge.merge("recipe.yaml", push_to_hub="me/merged")
+
+    Without `output`, files of weights are uploaded and deleted while the next are merged: at most two lie on the disk,
+    in a hidden folder of the current one.
 
     Args:
         recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
         output: the folder to make, or a file `NAME.safetensors`. It appears when it is whole.
+        push_to_hub: the repository to publish the model in, as one commit; see `hf_merge.push_to_hub`. It is checked
+            before anything is merged.
+        keep_local: leave the model at `output` too. Default: if there is an `output`.
+        private, create_pr, commit_message, exist_ok: of the push.
         overwrite: replace the model that is there, once the new one is whole.
         resume: take over the finished shards of an interrupted run of the same merge.
         device_map: where tensors are computed: `auto`, a device, or prefixes of tensor names with devices.
@@ -154,30 +208,84 @@ def merge(
     Raises:
         RecipeError, SourceError, PlanError: before anything is written.
         ComputeError, OutputError: nothing appears at `output`.
+        PublishError: before anything is merged, or when the Hub fails; its repository is as it was.
     """
-    target = Path(os.path.abspath(os.path.expanduser(output)))
-    if target.suffix in PICKLES:
-        raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
-    one_file = target.suffix == WEIGHTS
-    refuse_existing(target, overwrite=overwrite)
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, hub)
+    target = _target(output, push_to_hub, keep_local)
+    one_file = output is not None and target.suffix == WEIGHTS
+    away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
+    if not away:
+        refuse_existing(target, overwrite=overwrite)
+    destination = _destination(
+        push_to_hub, partial_folder(target) if away and resume else None, token,
+        {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok},
+    )  # fmt: skip
+    read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
+    made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, read)
     made.check()
     check_downloads(remote_reads(made, sources))
     _refuse_own_input(target, sources)
-    _try_card(made, sources, target.name, card_template)
-    shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True)))
+    name = target.name if destination is None else destination.repo_id
+    card = _try_card(made, sources, name, card_template)
+    shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True))).to_yaml()
+    fingerprint = _fingerprint(made, sources, resume=resume)
+    if destination is not None:
+        destination.check_card(card)
+        destination = destination.prepare()
+    uploads = Uploads(destination, recipe=shown) if destination is not None and away else None
     writer = Writer(
-        target, made, fingerprint=_fingerprint(made, sources, resume=resume), overwrite=overwrite, resume=resume,
-        metadata={"hf_merge_recipe": shown.to_yaml()},
+        target, made, fingerprint=fingerprint, overwrite=overwrite, resume=resume, metadata={RECIPE_KEY: shown},
+        carrier=uploads,
     )  # fmt: skip
     with writer:
         if not one_file:
             sources[made.donor].write_companions(writer.folder)
         _run(made, sources, writer)
         if not one_file:
-            _describe(made, sources, writer.folder, name=target.name, card_template=card_template)
-    return MergedModel(target, made)
+            _describe(made, sources, writer.folder, name=name, card_template=card_template)
+    if destination is None:
+        return MergedModel(target, made)
+    info = _push(target, destination) if uploads is None else uploads.info
+    return MergedModel(None if away else target, made, destination.repo_id, info.oid, info.pr_url or info.commit_url)
+
+
+def _target(output: str | os.PathLike[str] | None, repo_id: str | None, keep_local: bool | None) -> Path:
+    """Return the place of the output; if it goes to the Hub only, the place whose hidden sibling is worked in."""
+    if output is None and (repo_id is None or keep_local):
+        raise OutputError("Where to? Name an output folder; one that goes to the Hub only needs push_to_hub alone.")
+    if keep_local is not None and repo_id is None:
+        raise OutputError(
+            "keep_local= says what stays here of a model that is pushed: name push_to_hub= (--push-to-hub) too."
+        )
+    target = Path(os.path.abspath(os.path.expanduser(str(repo_id).replace("/", "--") if output is None else output)))
+    if output is not None and target.suffix in PICKLES:
+        raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
+    if output is not None and target.suffix == WEIGHTS and repo_id is not None:
+        raise OutputError(f"'{target.name}' is a single file, and what is pushed is a folder: name a folder.")
+    return target
+
+
+def _destination(
+    repo_id: str | None, resumed: Path | None, token: str | bool | None, wishes: Mapping[str, Any]
+) -> hub.Destination | None:
+    """Ask the Hub whether the model may be pushed there, before anything is merged; None if it is not to be pushed."""
+    if repo_id is not None:
+        found = hub.ask(repo_id, token=token, **wishes)
+        found.refuse_occupied_by_others(resumed)
+        return found
+    if said := [f"{name}=" for name, value in wishes.items() if value]:
+        raise OutputError(f"{', '.join(said)} says how to push the model: name push_to_hub= (--push-to-hub) too.")
+    return None
+
+
+def _push(folder: Path, destination: hub.Destination) -> CommitInfo:
+    """Publish what was merged; if that fails, say that the merge need not be repeated."""
+    try:
+        return hub.push_folder(folder, destination)
+    except PublishError as error:
+        raise PublishError(
+            f"{error} The merged model is whole in '{folder}': "
+            f"push it with `hf-merge push {folder} {destination.repo_id}`."
+        ) from error
 
 
 def merge_state_dicts(
@@ -208,7 +316,7 @@ def merge_state_dicts(
     reads, stop = remote_reads(made, sources), Event()
     check_downloads(reads)
     with fetching(reads, stop):
-        execute(made, sources, write, stop=stop)
+        execute(made, sources, write, stopped=stop.set)
         check_assumed(sources)
     return merged
 
@@ -256,18 +364,25 @@ def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
             bar.set_postfix_str(f"{done}/{len(made.steps)} tensors", refresh=False)
 
     stop = Event()
+
+    def give_up() -> None:
+        stop.set()
+        writer.stop()
+
     with bar, fetching(remote_reads(made, sources, writer.is_finished), stop):
         bar.update(sum(made.specs[name].nbytes for name in finished))
-        execute(made, sources, write, skip=writer.is_finished, stop=stop)
+        execute(made, sources, write, skip=writer.is_finished, stopped=give_up)
         check_assumed(sources)
 
 
-def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> None:
+def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> str:
     """Render the card once before anything is computed: a template that fails should not fail at the end."""
     try:
-        merged_card(made, sources, name, template=template)
-    except (OSError, TemplateError, ValueError) as error:
-        raise OutputError(f"The card cannot be written from '{template or 'merged.md'}': {error}.") from error
+        return str(merged_card(made, sources, name, template=template))
+    except (OSError, TemplateError, ValueError, YAMLError) as error:
+        raise OutputError(
+            f"The card cannot be written from '{template or 'merged.md'}': {' '.join(str(error).split())}."
+        ) from error
 
 
 def _describe(made: Plan, sources: list[Source], folder: Path, *, name: str, card_template: str | Path | None) -> None:

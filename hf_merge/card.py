@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,84 @@ def public_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     return recipe.renamed(hidden)
 
 
+def without_paths(recipe: Recipe) -> Recipe:
+    """Return a recipe as others may see it, whatever its models are: of local paths only the last part."""
+    models = [model for each in (recipe, *recipe.stages) for model in each.references]
+    tokenizer = None if recipe.vocabulary is None else recipe.vocabulary.source
+    return recipe.renamed({model: _placeless(model) for model in [*models, tokenizer] if isinstance(model, ModelRef)})
+
+
+def _placeless(model: ModelRef) -> ModelRef:
+    named = [ModelRef(path=_local_name(ref)) if _is_path(ref.path) else ref for ref in model.parts]
+    return named[0].with_lora(named[1] if len(named) > 1 else None)
+
+
+def _is_path(text: str) -> bool:
+    """Tell whether a model's name is a place on a machine."""
+    return text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text or Path(text).exists()
+
+
 def original_models(sources: Mapping[Ref, Source]) -> list[tuple[Ref, Source]]:
     """List the models that everything is made of: those of a stage instead of the stage."""
     found: dict[Ref, Source] = {}
     for model, source in sources.items():
         found |= dict(original_models(source.parents) if source.parents else [(model, source)])
     return [*found.items()]
+
+
+def with_checksums(text: str, sums: Mapping[str, str]) -> str:
+    """Return the text of a card with the section `## Checksums`: put in, or in the place of the one it has.
+
+    Args:
+        text: of any card, with or without front matter.
+        sums: SHA-256 of each file of weights, in hexadecimal digits; without one the section goes.
+    """
+    lines = text.splitlines()
+    places = _sections(lines)
+    if "Checksums" in places:
+        start = places["Checksums"]
+        end = min((place for place in places.values() if place > start), default=len(lines))
+        lines[start:end] = []
+        places = _sections(lines)
+    at = min((places[title] for title in ("Licence", "Limits") if title in places), default=len(lines))
+    head, tail = "\n".join(lines[:at]).rstrip(), "\n".join(lines[at:]).rstrip()
+    return "\n\n".join(part for part in (head, _checksums(sums), tail) if part) + "\n"
+
+
+def _checksums(sums: Mapping[str, str]) -> str:
+    """Write the section in the words that `sha256sum --check` reads."""
+    if not sums:
+        return ""
+    rows = "\n".join(f"{digest}  {file}" for file, digest in sorted(sums.items()))
+    return f"## Checksums\n\nSHA-256 of the weights; `sha256sum --check` reads these lines.\n\n```text\n{rows}\n```"
+
+
+def _sections(lines: Sequence[str]) -> dict[str, int]:
+    """Find the headings of the second level, outside of code and front matter."""
+    found: dict[str, int] = {}
+    fence = "---" if lines and lines[0].rstrip() == "---" else ""
+    for place, line in enumerate(lines):
+        mark = line.strip()[:3]
+        if fence:
+            fence = "" if mark == fence and place else fence
+        elif mark in ("```", "~~~"):
+            fence = mark
+        elif line.startswith("## "):
+            found.setdefault(line[3:].strip(), place)
+    return found
+
+
+def with_name(text: str, name: str) -> str:
+    """Return the text of a card of ours with another name in its title and where it says how to load the model.
+
+    What else names the model is left as it is, and so is a card whose title is the id of a repository already.
+    """
+    title = re.search(r"^# (\S[^/\n]*)$", text, re.MULTILINE)
+    if title is None or "- hf_merge\n" not in text.partition("\n---")[0] + "\n":
+        return text
+    old = title[1]
+    text = text[: title.start()] + f"# {name}" + text[title.end() :]
+    return text.replace(_load_file(old), _load_file(name)).replace(f'("{old}")', f'("{name}")')
 
 
 def _named(model: Ref, source: Source, *, hide: bool) -> Any:
@@ -238,6 +311,16 @@ def _how_to_load(config: Mapping[str, Any], name: str, *, is_sentence_transforme
     if is_sentence_transformer:
         return f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")'
     if not config:
-        return f'from safetensors.torch import load_file\n\nstate_dict = load_file("{name}/model.safetensors")'
+        return _load_file(name)
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
     return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{name}")'
+
+
+def _load_file(name: str) -> str:
+    """Say how to load weights without a config from a folder, or from a repository `namespace/name`."""
+    if "/" not in name:
+        return f'from safetensors.torch import load_file\n\nstate_dict = load_file("{name}/model.safetensors")'
+    return (
+        "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+        f'state_dict = load_file(hf_hub_download("{name}", "model.safetensors"))'
+    )

@@ -1,4 +1,4 @@
-"""The command line: `hf-merge merge`, `plan`, `check`, `methods`, `demo`. Results on stdout, all else on stderr.
+"""The command line `hf-merge`: merge, plan, check, push, methods, demo. Results on stdout, all else on stderr.
 
 Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
@@ -32,7 +32,10 @@ app = typer_factory(
 Sources = Annotated[list[str], Argument(help="RECIPE, or with --method the models: folders or Hub ids.")]
 SourcesAndOutput = Annotated[
     list[str],
-    Argument(help="RECIPE OUTPUT, or with --method MODEL... OUTPUT (folders or Hub ids, then the folder to make)."),
+    Argument(
+        help="RECIPE OUTPUT, or with --method MODEL... OUTPUT (folders or Hub ids, then the folder to make). "
+        "With --push-to-hub no OUTPUT is needed; with --method too, --keep-local says that the last is one."
+    ),
 ]
 Method = Annotated[str | None, Option("--method", "-m", help="Merge method; `hf-merge methods` lists them.")]
 Base = Annotated[str | None, Option("--base", "-b", help="The model that the others were fine-tuned from.")]
@@ -66,6 +69,10 @@ ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's file
 Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
 CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
 Stream = Annotated[bool, Option("--stream", help="Read tensors on the Hub by range, and keep no weights in the cache.")]
+Private = Annotated[bool, Option("--private", help="Make the repository private, or refuse one that is not.")]
+CreatePr = Annotated[bool, Option("--create-pr", help="Open a pull request instead of changing the branch.")]
+Message = Annotated[str | None, Option("--commit-message", help="The first line of the commit.")]
+ExistOk = Annotated[bool, Option("--exist-ok", help="Replace the model that is in the repository.")]
 LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hub.")]
 
 
@@ -74,6 +81,7 @@ LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hu
     epilog=_examples(
         "hf-merge merge recipe.yaml merged",
         "hf-merge merge --method ties --base org/base org/a org/b -p density=0.5 merged",
+        "hf-merge merge recipe.yaml --push-to-hub me/merged --private",
     ),
 )
 def merge(
@@ -88,6 +96,15 @@ def merge(
     tokenizer_source: TokenizerSource = None,
     chat_template: ChatTemplate = None,
     allow_nonfinite: Nonfinite = False,
+    push_to_hub: Annotated[str | None, Option("--push-to-hub", help="REPO_ID to publish the model in.")] = None,
+    keep_local: Annotated[
+        bool | None,
+        Option("--keep-local/--no-keep-local", help="Leave the model at OUTPUT too. Default: if there is an OUTPUT."),
+    ] = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    commit_message: Message = None,
+    exist_ok: ExistOk = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
     ] = False,
@@ -99,9 +116,11 @@ def merge(
     local_files_only: LocalOnly = False,
     stream: Stream = False,
 ) -> None:
-    """Merge models into a folder that from_pretrained loads."""
-    *sources, output = sources_and_output
-    if not sources:
+    """Merge models into a folder that from_pretrained loads, or straight into the Hub."""
+    sources, output = _sources_and_output(
+        sources_and_output, only_sources=push_to_hub is not None and bool(method) and not keep_local
+    )
+    if not sources or (output is None and push_to_hub is None):
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
@@ -112,11 +131,38 @@ def merge(
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
         max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
-        stream=stream, **changes,
+        push_to_hub=push_to_hub, keep_local=keep_local, private=private or None, create_pr=create_pr,
+        commit_message=commit_message, exist_ok=exist_ok, stream=stream, **changes,
     )  # fmt: skip
     for problem in merged.plan.problems:
         out.warning(problem.message)
-    out.result("Merged", path=str(merged.path), tensors=len(merged.plan.steps), bytes=merged.plan.bytes_written)
+    places = {"path": merged.path, "repo_id": merged.repo_id, "commit": merged.commit, "url": merged.url}
+    where = {key: str(value) for key, value in places.items() if value is not None}
+    out.result("Merged", **where, tensors=len(merged.plan.steps), bytes=merged.plan.bytes_written)
+
+
+@app.command(
+    "push",
+    epilog=_examples("hf-merge push merged me/merged --private", "hf-merge push merged org/merged --create-pr"),
+)
+def push(
+    folder: Annotated[str, Argument(help="The folder to publish.")],
+    repo_id: Annotated[str, Argument(help="NAMESPACE/NAME on the Hub; made if it does not exist.")],
+    private: Private = False,
+    create_pr: CreatePr = False,
+    revision: Annotated[
+        str | None, Option("--revision", help="The branch; made from main if it does not exist. Default: main.")
+    ] = None,
+    commit_message: Message = None,
+    exist_ok: ExistOk = False,
+    token: Annotated[str | None, Option("--token", help="One that may write.")] = None,
+) -> None:
+    """Publish a folder on the Hub, as one commit."""
+    info = hf_merge.push_to_hub(
+        folder, repo_id, private=private or None, create_pr=create_pr, revision=revision,
+        commit_message=commit_message, exist_ok=exist_ok, token=token,
+    )  # fmt: skip
+    out.result("Pushed", repo_id=info.repo_url.repo_id, commit=info.oid, url=info.pr_url or info.commit_url)
 
 
 @app.command("plan", epilog=_examples("hf-merge plan recipe.yaml", "hf-merge plan recipe.yaml --json"))
@@ -194,6 +240,13 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
     result = run_demo(output)
     out.text(result.table())
     out.result("Merged model with its card", path=str(result.best), seconds=round(result.seconds))
+
+
+def _sources_and_output(words: list[str], *, only_sources: bool) -> tuple[list[str], str | None]:
+    """Tell the output from what is merged: it is the last, unless a push leaves it out."""
+    if only_sources or (len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json"))):
+        return words, None
+    return words[:-1], words[-1]
 
 
 def _changes(parameters: list[str] | None, **named: Any) -> dict[str, Any]:

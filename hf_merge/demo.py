@@ -134,7 +134,7 @@ def run_demo(output: str | Path = "hf_merge_demo", *, seed: int = 0) -> DemoResu
         merges = {method: _merge(models, output / "merges" / method, method, seed) for method in MERGES}
         merged = {method: _row(f"{method} merge", merge.load(), tests) for method, merge in merges.items()}
     best = max(merged, key=lambda method: merged[method].average)
-    return DemoResult([*rows, *merged.values()], merges[best].path, output, time.perf_counter() - start)
+    return DemoResult([*rows, *merged.values()], output / "merges" / best, output, time.perf_counter() - start)
 
 
 def _merge(models: Path, output: Path, method: str, seed: int) -> hf_merge.MergedModel:

@@ -8,7 +8,8 @@
     ├── PlanError            the models do not fit together (`.problems` lists all of it)
     ├── ComputeError         a tensor cannot be merged (a NaN, buffers that differ)
     └── OutputError          the result cannot be written
-        └── OutputExistsError
+        ├── OutputExistsError
+        └── PublishError     the Hub does not take it
 
 Every message says what was wrong, what was found and what to do.
 """
@@ -63,7 +64,11 @@ class OutputError(MergeError):
 
 
 class OutputExistsError(OutputError, FileExistsError):
-    """The output folder holds something already."""
+    """The output folder, or the repository on the Hub, holds something already."""
+
+
+class PublishError(OutputError):
+    """A result that the Hub does not take."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -40,9 +40,9 @@ def execute(
     *,
     workers: int | None = None,
     skip: Callable[[str], bool] = lambda name: False,
-    stop: Event | None = None,
+    stopped: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compute every tensor of a plan and hand it to `write`, tile by tile.
+    """Compute every tensor of a plan, file by file, and hand it to `write`, tile by tile.
 
     Args:
         plan: what to compute.
@@ -50,15 +50,15 @@ def execute(
         write: where the tiles go.
         workers: threads; see `planning.default_workers`.
         skip: names of tensors that are not needed.
-        stop: is set when it breaks off, so that others who work for it end too.
+        stopped: called when the rest is given up, so that no thread waits in `write`, or for a source, any longer.
 
     Raises:
         ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
     """
-    steps = [step for step in plan.steps if not skip(step.name)]
+    steps = [step for step in plan.by_file if not skip(step.name)]
     torch.empty(_KEPT, dtype=torch.uint8)  # never touched; once it is freed, glibc keeps freed blocks up to this size
     scratch = local()
-    stop = stop or Event()
+    stop = Event()
 
     def work(step: Step) -> None:
         if stop.is_set():
@@ -72,8 +72,9 @@ def execute(
     with _kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             _join([pool.submit(work, step) for step in steps])
-        except BaseException:
-            stop.set()  # an error or Ctrl-C: what is queued ends at once
+        except BaseException:  # an error or Ctrl-C: what is queued ends at once
+            stop.set()
+            stopped()
             raise
 
 

@@ -201,6 +201,12 @@ class Plan:
         """Shape and dtype of every output tensor."""
         return {step.name: step.spec for step in self.steps}
 
+    @cached_property
+    def by_file(self) -> tuple[Step, ...]:
+        """The steps in the order of the files, so that each file is whole before many others are begun."""
+        place = {name: index for index, names in enumerate(self.shards.values()) for name in names}
+        return tuple(sorted(self.steps, key=lambda step: place[step.name]))
+
     @property
     def bytes_written(self) -> int:
         return sum(step.spec.nbytes for step in self.steps)

@@ -2,6 +2,7 @@
 
 Everything is written into a hidden sibling of the output. A shard gets its name when its last byte is there, the
 folder gets its own when its last file is there; config.json is the last of them, so that no half model loads.
+Or a carrier takes every file away as soon as it is whole, and the folder is only where files lie until then.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import logging
@@ -26,10 +28,15 @@ from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
 logger = logging.get_logger(__name__)
 
 WEIGHTS = ".safetensors"
+RECIPE_FILE = "hf_merge_recipe.yaml"
+RECIPE_KEY = "hf_merge_recipe"
+"""In the metadata of the weights: the recipe as others may see it. The file beside them has local paths as they are."""
 INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
 _STATE = ".fingerprint"
 _LOCK = ".lock"
+CARRIED = ".carried"
+"""What a carrier notes beside the files, so that a resumed run knows which are taken away already."""
 _MODEL_FILES = ("config.json", "modules.json", "model.safetensors", INDEX)
 _DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -37,6 +44,37 @@ _DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 def partial_folder(output: Path) -> Path:
     """The hidden sibling where an output is written until it is whole."""
     return output.with_name(f".{output.name}.hf_merge")
+
+
+class Carrier(Protocol):
+    """Takes finished files away, and lets only so many be begun. Called from several threads.
+
+    Attributes:
+        taken: the files that are away for good.
+    """
+
+    @property
+    def taken(self) -> Container[str]: ...
+
+    def begin(self, folder: Path) -> set[str]:
+        """Start; return the files of an earlier run that are taken away already, as noted in `CARRIED`."""
+        ...
+
+    def admit(self, file: str) -> None:
+        """Wait until one more file may lie in the folder. Files come in the order of the plan, or nearly so."""
+        ...
+
+    def take(self, file: str) -> None:
+        """Take a whole file; it is deleted later."""
+        ...
+
+    def stop(self) -> None:
+        """Give up: nobody may wait in `admit` any longer."""
+        ...
+
+    def complete(self) -> None:
+        """Take all that lies in the folder now, and bring it home."""
+        ...
 
 
 class Writer:
@@ -52,6 +90,7 @@ class Writer:
         metadata: of every safetensors file.
         overwrite: replace what is there, once the new folder is whole.
         resume: take over the finished shards of an interrupted run.
+        carrier: takes the files away; then nothing appears at the output.
 
     Raises:
         OutputExistsError: the output exists and is not empty.
@@ -67,16 +106,18 @@ class Writer:
         metadata: Mapping[str, str],
         overwrite: bool = False,
         resume: bool = False,
+        carrier: Carrier | None = None,
     ):
-        self.output, self.plan, self.overwrite = output, plan, overwrite
+        self.output, self.plan, self.overwrite, self.carrier = output, plan, overwrite, carrier
         self.folder = partial_folder(output)
-        refuse_existing(output, overwrite=overwrite)
+        if carrier is None:
+            refuse_existing(output, overwrite=overwrite)
         self._lock = FileLock(self.folder / _LOCK, blocking=False)
         try:
             self._claim(fingerprint, resume=resume)
         except OSError as error:
             raise OutputError(f"'{output}' cannot be written: {error.strerror or error}.") from error
-        self.shards = {name: _Shard(self.folder, name, tensors, plan.specs, metadata)
+        self.shards = {name: _Shard(self.folder, name, tensors, plan.specs, metadata, carrier)
                        for name, tensors in plan.shards.items() if name not in self.finished}  # fmt: skip
         self._shard_of = {name: shard for shard in self.shards.values() for name in shard.places}
 
@@ -97,12 +138,32 @@ class Writer:
                 f"'{self.output}' was begun with another recipe, other inputs or another shard size: "
                 "repeat that call to resume it, or leave resume out to begin again."
             )
-        _empty(self.folder, keep={_LOCK, *(_tops(self.plan.shards) if resume and found else ())})
+        _empty(self.folder, keep={_LOCK, *((CARRIED, *_tops(self.plan.shards)) if resume and found else ())})
         state.write_text(fingerprint, encoding="utf-8")
-        self.finished = {name for name in self.plan.shards if (self.folder / name).is_file()}
+        self._left = [name for name in self.plan.shards if (self.folder / name).is_file()]
+        self.finished = {*self._left}
+        if self.carrier is not None:
+            self.finished |= self.carrier.begin(self.folder) & self.plan.shards.keys()
+
+    def stop(self) -> None:
+        """Give up: no thread may wait in `write` any longer."""
+        if self.carrier is not None:
+            self.carrier.stop()
 
     def __enter__(self) -> Writer:
+        try:
+            self._hand_over()
+        except BaseException:
+            self._give_up()
+            raise
         return self
+
+    def _hand_over(self) -> None:
+        """Let the carrier take what an earlier run finished and left."""
+        if self.carrier is not None:
+            for file in self._left:
+                self.carrier.admit(file)
+                self.carrier.take(file)
 
     def is_finished(self, tensor: str) -> bool:
         """Tell whether a tensor stands in a shard that an earlier run finished."""
@@ -120,14 +181,27 @@ class Writer:
     ) -> None:
         for shard in self.shards.values():
             shard.close()
-        if kind is None:
+        if kind is not None:
+            self._give_up()
+            return
+        self._write_index()
+        if self.carrier is None:
             self._publish()
         else:
+            self._bring_home(self.carrier)
+
+    def _bring_home(self, carrier: Carrier) -> None:
+        """Let the carrier take the rest; nothing stays here."""
+        try:
+            carrier.complete()
+        except BaseException:
             self._give_up()
+            raise
+        self._lock.release()
+        shutil.rmtree(self.folder)
 
     def _publish(self) -> None:
         """Let the output appear, all at once."""
-        self._write_index()
         (self.folder / _STATE).unlink()
         self._lock.release()
         (self.folder / _LOCK).unlink(missing_ok=True)
@@ -156,17 +230,22 @@ class Writer:
         shutil.rmtree(aside)
 
     def _give_up(self) -> None:
-        finished = [name for name in self.plan.shards if (self.folder / name).is_file()]
+        self.stop()
+        finished = [name for name in self.plan.shards if self._is_kept(name)]
         self._lock.release()
         if not finished:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        _empty(self.folder, keep={*_tops(finished), _STATE})
+        _empty(self.folder, keep={*_tops(finished), _STATE, CARRIED})
         logger.warning(
             "%d of %d shards are finished and kept in '%s': repeat the call with resume=True (--resume), "
             "or delete that folder.",
             len(finished), len(self.plan.shards), self.folder,
         )  # fmt: skip
+
+    def _is_kept(self, file: str) -> bool:
+        """Tell whether a resumed run need not make a file again: it lies here, or a carrier has it."""
+        return (self.folder / file).is_file() or (self.carrier is not None and file in self.carrier.taken)
 
     def _write_index(self) -> None:
         """Say which shard holds which tensor; a single file, or one in a module's folder, needs no index."""
@@ -193,8 +272,10 @@ class _Shard:
         names: tuple[str, ...],
         specs: Mapping[str, TensorSpec],
         metadata: Mapping[str, str],
+        carrier: Carrier | None = None,
     ):
         self.path = path = folder / file
+        self._name, self._carrier = file, carrier
         self._unfinished = path.with_name(path.name + _UNFINISHED)
         module = file.removesuffix(path.name)
         self.places: dict[str, int] = {}
@@ -232,6 +313,8 @@ class _Shard:
 
     def _open(self) -> int:
         """Make the file at its full size, so that a full disk is found now."""
+        if self._carrier is not None:
+            self._carrier.admit(self._name)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         _reserve(self._file, len(self._header) + self._size)
@@ -243,6 +326,8 @@ class _Shard:
             os.fsync(self._file)
         self.close()
         self._unfinished.rename(self.path)
+        if self._carrier is not None:
+            self._carrier.take(self._name)
 
     def close(self) -> None:
         """Close the file, finished or not."""

@@ -134,3 +134,14 @@ def test_quiet_lets_only_errors_through_and_puts_the_level_back():
     with _compat.quiet():
         assert logging.get_verbosity() == logging.ERROR
     assert logging.get_verbosity() == before
+
+
+def test_a_file_that_another_process_uploaded_is_still_committed_by_its_digest():
+    from huggingface_hub import _commit_api
+
+    made = _compat.uploaded_file("model.safetensors", sha256="ab" * 32, size=7)
+    assert made._is_uploaded and made._local_oid == "ab" * 32 and made._remote_oid is None
+    assert _compat.uploaded_file("m", sha256="ab" * 32, size=7, is_committed=True)._remote_oid == made._local_oid
+    _, line = _commit_api._prepare_commit_payload([made], {}, "message")
+    about = {"path": "model.safetensors", "algo": "sha256", "oid": "ab" * 32, "size": 7}
+    assert line == {"key": "lfsFile", "value": about}

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils import tqdm
 
+from hf_merge.answers import PASS_A_TOKEN, endpoint, is_unreachable, reason
 from hf_merge.errors import SourceError
 from hf_merge.sources.folder import Folder
 from hf_merge.sources.remote import RemoteFile, RemoteSafetensors
@@ -28,7 +29,6 @@ _FIRST = [
 """What is fetched of every model: what its files are to each other, and what its card says."""
 
 _AT_A_TIME = 8
-_PASS_A_TOKEN = "(--token, token=, HF_TOKEN or `hf auth login`)"
 
 
 class HubFolder(Folder):
@@ -166,35 +166,35 @@ def _refusal(model: ModelRef, error: Exception, what: str = "", **hub: Any) -> s
             return _not_cached(model, what, "HF_HUB_OFFLINE" if cause is not error else "local_files_only")
     if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
         return _answered(model, cause, what)
-    if isinstance(cause, (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError)):
+    if is_unreachable(cause):
         return (
-            f"The Hub at {_endpoint()} cannot be reached for {what} ({_reason(cause)}): "
+            f"The Hub at {endpoint()} cannot be reached for {what} ({reason(cause)}): "
             "check the network and HF_ENDPOINT, and run it again."
         )
     if isinstance(cause, HFValidationError):
         return f"There is no folder '{model.path}', and it cannot be the id of a model on the Hub: check the path."
     if isinstance(cause, OSError) and cause.errno is not None:
         return (
-            f"{what} cannot be kept in the cache ({cause.strerror or _reason(cause)}): "
+            f"{what} cannot be kept in the cache ({cause.strerror or reason(cause)}): "
             "make room there, or name another folder with cache_dir (--cache-dir)."
         )
-    return f"The download of {what} broke off ({_reason(cause)}): run it again; whole files are kept."
+    return f"The download of {what} broke off ({reason(cause)}): run it again; whole files are kept."
 
 
 def _answered(model: ModelRef, error: Any, what: str) -> str:
     """Say what the Hub's answer means."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page, status = f"{_endpoint()}/{model.path}", error.response.status_code
+    page, status = f"{endpoint()}/{model.path}", error.response.status_code
     if isinstance(error, GatedRepoError):
         return (
             f"'{model.path}' is gated: accept its conditions at {page}, "
-            f"and pass a token of the account that did {_PASS_A_TOKEN}."
+            f"and pass a token of the account that did {PASS_A_TOKEN}."
         )
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no folder '{model.path}', and on the Hub no such model that you may see: "
-            f"check the name, or if it is private pass a token that may read it {_PASS_A_TOKEN}."
+            f"check the name, or if it is private pass a token that may read it {PASS_A_TOKEN}."
         )
     if isinstance(error, RevisionNotFoundError):
         return (
@@ -202,9 +202,9 @@ def _answered(model: ModelRef, error: Any, what: str) -> str:
             f"name a branch, a tag or a commit that {page}/commits lists."
         )
     if status == 401:
-        return f"The Hub does not accept the token that was sent for '{model.path}': pass a valid one {_PASS_A_TOKEN}."
+        return f"The Hub does not accept the token that was sent for '{model.path}': pass a valid one {PASS_A_TOKEN}."
     if status == 403:
-        return f"The token that was sent may not read '{model.path}': pass one that may {_PASS_A_TOKEN}."
+        return f"The token that was sent may not read '{model.path}': pass one that may {PASS_A_TOKEN}."
     return (
         f"The Hub did not give {what} ({status} {error.response.reason_phrase}): "
         "run it again later; whole files are kept."
@@ -217,14 +217,3 @@ def _not_cached(model: ModelRef, what: str, because: str) -> str:
     whole = f"There is no folder '{model.path}', and no whole model of that name in the cache"
     lacking = whole if what == f"'{model.path}'" else f"{what} is not in the cache"
     return f"{lacking}, and {because} forbids to ask the Hub: run `hf download {model.path}{revision}` or allow it."
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
