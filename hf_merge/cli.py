@@ -1,4 +1,4 @@
-"""The command line: `hf-merge merge`, `plan`, `check`, `methods`, `demo`. Results on stdout, all else on stderr.
+"""The command line: `hf-merge merge`, `plan`, `methods` and others. Results on stdout, all else on stderr.
 
 Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
@@ -190,6 +190,19 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
     result = run_demo(output)
     out.text(result.table())
     out.result("Merged model with its card", path=str(result.best), seconds=round(result.seconds))
+
+
+@app.command(
+    "register", epilog=_examples("hf-merge register", "hf merge plan recipe.yaml", "hf-merge register --remove")
+)
+def register(remove: Annotated[bool, Option("--remove", help="Take it back.")] = False) -> None:
+    """Let Hugging Face's own command line run this one: `hf merge ...`."""
+    from hf_merge import extension
+
+    if remove:
+        out.result("Removed", path=str(extension.unregister()))
+    else:
+        out.result("Registered", command="hf merge", path=str(extension.register()))
 
 
 def _changes(parameters: list[str] | None, **named: Any) -> dict[str, Any]:

@@ -134,3 +134,18 @@ def test_quiet_lets_only_errors_through_and_puts_the_level_back():
     with _compat.quiet():
         assert logging.get_verbosity() == logging.ERROR
     assert logging.get_verbosity() == before
+
+
+def test_extensions_of_hf_are_still_found_in_the_same_place_and_written_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = _compat.extension_folder("merge")
+    assert folder == tmp_path / ".local" / "share" / "hf" / "extensions" / "hf-merge"
+    assert _compat.extension_owner(folder) == (None, None)
+    _compat.extension_manifest(
+        "me.here", "hf-merge", "merge", executable=tmp_path / "x", version="1", description="y"
+    ).save(folder)
+    written = json.loads((folder / _compat.extension_file()).read_text())
+    assert written.keys() == {"owner", "repo", "repo_id", "short_name", "executable_path", "type", "installed_at",
+                              "description", "commit_sha"}  # fmt: skip
+    assert written["executable_path"] == str(tmp_path / "x")
+    assert _compat.extension_owner(folder) == ("me.here", "me.here/hf-merge")
