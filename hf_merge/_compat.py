@@ -252,6 +252,27 @@ def cli_words() -> tuple[Any, Any, Any]:
     return Argument, Option, out
 
 
+def uv_image() -> str:
+    """Return the image in which huggingface_hub runs uv on Jobs."""
+    from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
+
+    return DEFAULT_UV_IMAGE
+
+
+def job_payload(**wanted: Any) -> dict[str, Any]:
+    """Return the JSON that `HfApi.run_job` posts for these arguments."""
+    from huggingface_hub._jobs_api import _create_job_spec
+
+    return _create_job_spec(**wanted)
+
+
+def cache_folder(repo_id: str) -> str:
+    """Return what the Hub's cache calls the folder of a model."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
 def extension_folder(name: str) -> Path:
     """Return where the hf command looks for an extension's manifest."""
     from huggingface_hub.cli.extensions import EXTENSIONS_ROOT

@@ -96,17 +96,36 @@ def merge(
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
+    push_to_hub: Annotated[str | None, Option("--push-to-hub", help="Repository to push the result to.")] = None,
+    private: Annotated[bool, Option("--private", help="Of a new repository.")] = False,
+    create_pr: Annotated[bool, Option("--create-pr", help="Push as a pull request.")] = False,
+    exist_ok: Annotated[bool, Option("--exist-ok", help="Push to a repository that is there already.")] = False,
+    job: Annotated[str | None, Option("--job", help="Merge on Hugging Face Jobs, on hardware of this name.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="With --job: show request and price; start nothing.")] = False,
+    timeout: Annotated[str, Option("--timeout", help="With --job: when to stop it, finished or not.")] = "2h",
+    namespace: Annotated[
+        str | None, Option("--namespace", help="With --job: the account that runs and pays it.")
+    ] = None,
 ) -> None:
     """Merge models into a folder that from_pretrained loads."""
+    changes = _changes(
+        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
+    )  # fmt: skip
+    if job is not None:
+        _job(
+            sources_and_output, push_to_hub, flavor=job, dry_run=dry_run, timeout=timeout, namespace=namespace,
+            private=private, create_pr=create_pr, exist_ok=exist_ok, max_shard_size=max_shard_size, token=token,
+            cache_dir=cache_dir, **changes,
+        )  # fmt: skip
+        return
+    if dry_run or namespace is not None:
+        raise click.UsageError("--dry-run and --namespace go with --job; `hf-merge plan` says what a merge does here.")
     *sources, output = sources_and_output
     if not sources:
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
-    changes = _changes(
-        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
-        tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
-    )  # fmt: skip
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
         max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only, **changes,
@@ -203,6 +222,26 @@ def register(remove: Annotated[bool, Option("--remove", help="Take it back.")] =
         out.result("Removed", path=str(extension.unregister()))
     else:
         out.result("Registered", command="hf merge", path=str(extension.register()))
+
+
+def _job(sources: list[str], repo_id: str | None, **wanted: Any) -> None:
+    """Merge elsewhere: a job has no folder to leave the result in."""
+    from hf_merge.jobs import run_merge_job
+
+    if repo_id is None:
+        raise click.UsageError("--job needs --push-to-hub: the job keeps no folder.")
+    method = wanted.get("method")
+    if method is None and len(sources) > 1:
+        raise click.UsageError(f"--job keeps no folder: leave '{sources[-1]}' out.")
+    _show(run_merge_job(_recipe(sources, method), repo_id, **wanted))
+
+
+def _show(request: Any) -> None:
+    """Print what was or would be asked of the Hub, for people or for programs."""
+    if out.mode.value == "json":
+        out.dict(request.to_dict())
+    else:
+        out.text(str(request))
 
 
 def _changes(parameters: list[str] | None, **named: Any) -> dict[str, Any]:
