@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_merge.api import MergedModel, merge, merge_state_dicts, plan
+    from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
         MergeError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "api": ("MergedModel", "merge", "merge_state_dicts", "plan"),
+    "deployment": ("deploy",),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
         "RecipeError", "SourceError", "UnknownMethodError",
@@ -56,6 +58,7 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "UnknownMethodError",
+    "deploy",
     "get_method",
     "list_methods",
     "merge",

@@ -212,6 +212,36 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
 
 
 @app.command(
+    "deploy",
+    epilog=_examples("hf-merge deploy me/merged", "hf-merge deploy me/merged --to job --hardware a10g-small --start"),
+)
+def deploy(
+    repo_id: Annotated[str, Argument(help="The model on the Hub, or for commands a folder.")],
+    to: Annotated[
+        Literal["commands", "job", "endpoint", "space"],
+        Option("--to", help="Your own machine, a job that serves for a while, an inference endpoint, a demo."),
+    ] = "commands",
+    start: Annotated[bool, Option("--start", help="Start it; without, only say what would be sent.")] = False,
+    hardware: Annotated[
+        str | None, Option("--hardware", help="As `hf jobs hardware` or `hf endpoints hardware` list it.")
+    ] = None,
+    name: Annotated[str | None, Option("--name", help="Of the endpoint or Space.")] = None,
+    namespace: Annotated[str | None, Option("--namespace", help="The account that owns and pays it.")] = None,
+    timeout: Annotated[str, Option("--timeout", help="When to stop a job.")] = "1h",
+    public: Annotated[bool, Option("--public", help="Let everybody see the Space.")] = False,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run the code that came with the model.")
+    ] = False,
+    token: Token = None,
+) -> None:
+    """Say how to serve a model and what that costs, or start it on the Hub."""
+    _show(hf_merge.deploy(
+        repo_id, to, dry_run=not start, hardware=hardware, name=name, namespace=namespace, timeout=timeout,
+        private=not public, trust_remote_code=trust_remote_code, token=token,
+    ))  # fmt: skip
+
+
+@app.command(
     "register", epilog=_examples("hf-merge register", "hf merge plan recipe.yaml", "hf-merge register --remove")
 )
 def register(remove: Annotated[bool, Option("--remove", help="Take it back.")] = False) -> None:

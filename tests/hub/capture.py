@@ -29,7 +29,7 @@ class Capture:
 
     Attributes:
         behind: the address of a Hub that is asked for everything else; nothing else is there if not given.
-        answers: by method and path, the JSON to answer with, or (status, JSON).
+        answers: by method and path, the JSON to answer with, or (status, JSON); a `code` in it is the Hub's for errors.
         sent: every request that was answered here.
         url: where it is.
     """
@@ -73,7 +73,8 @@ class Capture:
         token = (request.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.sent.append(Sent(request.command, path, _json(body), token))
         status, answer = found if isinstance(found, tuple) else (200, found) if found is not None else (501, {})
-        _answer(request, status, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+        headers = {"X-Error-Code": answer["code"]} if "code" in answer else {}
+        _answer(request, status, {"Content-Type": "application/json", **headers}, json.dumps(answer).encode())
 
     def _pass_on(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in UNTOUCHED}
