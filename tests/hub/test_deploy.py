@@ -143,9 +143,9 @@ def test_a_job_that_serves_is_sent_as_it_was_shown(deployed, services):
 
 
 def test_an_endpoint_is_sent_as_it_was_shown(deployed, services):
-    endpoint = {"name": "llm", "type": "authenticated", "provider": {}, "compute": {}, "model": {}, "status": {}}
+    endpoint = {"name": "llm", "type": "authenticated", "provider": {}, "compute": {}, "healthRoute": "/health"}
     services.answers["POST", "/ie/endpoint/me"] = {
-        **endpoint, "healthRoute": "/health", "model": {"repository": "me/llm", "framework": "custom", "revision": SHA, "task": "t"},
+        **endpoint, "model": {"repository": "me/llm", "framework": "custom", "revision": SHA, "task": "t"},
         "status": {"state": "pending", "createdAt": DATE, "updatedAt": DATE},
     }  # fmt: skip
     shown = deployed("me/llm", "endpoint")
