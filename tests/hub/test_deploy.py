@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shlex
 
 import pytest
 import yaml
@@ -140,6 +141,19 @@ def test_a_job_that_serves_is_sent_as_it_was_shown(deployed, services):
     assert deployed("me/minilm", "job")["request"]["payload"]["command"][0] == "text-embeddings-router"
     assert "take an endpoint or a space" in deployed("me/vit", "job")
     assert "have no hardware 'a10g-smal'. Did you mean 'a10g-small'?" in deployed("me/llm", "job", hardware="a10g-smal")
+
+
+def test_the_line_for_hf_is_one_that_hf_reads(account: Account, deployed):
+    told = deployed("me/llm", "job", timeout="90m")
+    hf, *words = shlex.split(told["commands"]["or"])
+    assert hf == "hf" and words[:2] == ["jobs", "run"]
+    words.insert(2, "--dry-run")
+    done = account.run("-m", "huggingface_hub.cli.hf", *words, "--format", "human", token="hf_secret")
+    assert done.returncode == 0, done.stderr
+    shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("  ")}
+    payload = told["request"]["payload"]
+    assert shown["command"] == " ".join(payload["command"]) and shown["image"] == payload["dockerImage"]
+    assert (shown["flavor"], shown["timeout"], shown["expose"]) == ("a10g-small", "90m", "8000")
 
 
 def test_an_endpoint_is_sent_as_it_was_shown(deployed, services):
