@@ -187,9 +187,9 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
             continue
         stage = next(stage for stage in plan.recipe.stages if stage.name == str(model))
         told = f"{role}; itself a merge by {stage.merge_method} of"
-        rows.append({"link": f"stage {_code(model)}", "role": told, "revision": "", "licence": ""})
+        rows.append({"link": f"stage {_cell(model)}", "role": told, "revision": "", "licence": ""})
         rows += [
-            _row(parent, origin, f"in {_code(model)}", indent="&nbsp;&nbsp;")
+            _row(parent, origin, f"in {_cell(model)}", indent="&nbsp;&nbsp;")
             for parent, origin in source.parents.items()
         ]
     return rows
@@ -198,7 +198,7 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
 def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str, Any]:
     """Link a model, and its adapter if it has one."""
     if source.parents:
-        return {"link": f"{indent}{_code(model)}", "role": role, "revision": "", "licence": ""}
+        return {"link": f"{indent}{_cell(model)}", "role": role, "revision": "", "licence": ""}
     links = [_link(ref, part) for ref, part in zip(_single_refs(model), source.parts, strict=True)]
     revision = ", ".join(part.revision for part in source.parts if part.revision)
     licence = " + ".join(licence_column(part) for part in source.parts)
@@ -206,7 +206,7 @@ def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str
 
 
 def _link(model: Ref, part: Source) -> str:
-    return _hub_link(part.public_id) if part.public_id else _code(_local_name(model))
+    return _hub_link(part.public_id) if part.public_id else _cell(_local_name(model))
 
 
 def _called(model: Ref, source: Source) -> str:
@@ -217,7 +217,12 @@ def _called(model: Ref, source: Source) -> str:
 
 
 def _code(text: object) -> str:
-    """Write text as code, whatever is in it."""
+    """Write text as code in a sentence, where a bar is one, as in `<|im_start|>`."""
+    return f"`{' '.join(str(text).splitlines()).replace('`', chr(39))}`"
+
+
+def _cell(text: object) -> str:
+    """Write text as code in a table."""
     return f"`{str(text).translate(_NO_MARKUP)}`"
 
 
