@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_merge.api import MergedModel, merge, merge_state_dicts, plan
+    from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
         MergeError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "api": ("MergedModel", "merge", "merge_state_dicts", "plan"),
+    "deployment": ("deploy",),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
         "PublishError", "RecipeError", "SourceError", "UnknownMethodError",
@@ -60,6 +62,7 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "UnknownMethodError",
+    "deploy",
     "get_method",
     "list_methods",
     "merge",

@@ -7,7 +7,9 @@ import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -248,6 +250,61 @@ def cli_words() -> tuple[Any, Any, Any]:
     from huggingface_hub.cli._output import out
 
     return Argument, Option, out
+
+
+def uv_image() -> str:
+    """Return the image in which huggingface_hub runs uv on Jobs."""
+    from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
+
+    return DEFAULT_UV_IMAGE
+
+
+def job_payload(**wanted: Any) -> dict[str, Any]:
+    """Return the JSON that `HfApi.run_job` posts for these arguments."""
+    from huggingface_hub._jobs_api import _create_job_spec
+
+    return _create_job_spec(**wanted)
+
+
+def cache_folder(repo_id: str) -> str:
+    """Return what the Hub's cache calls the folder of a model."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def extension_folder(name: str) -> Path:
+    """Return where the hf command looks for an extension's manifest."""
+    from huggingface_hub.cli.extensions import EXTENSIONS_ROOT
+
+    return EXTENSIONS_ROOT.expanduser() / f"hf-{name}"
+
+
+def extension_file() -> str:
+    """Return what hf calls an extension's manifest."""
+    from huggingface_hub.cli.extensions import MANIFEST_FILENAME
+
+    return MANIFEST_FILENAME
+
+
+def extension_manifest(owner: str, repo: str, name: str, *, executable: Path, version: str, description: str) -> Any:
+    """Return a manifest of an extension that hf only has to run; `save(folder)` writes it."""
+    from huggingface_hub.cli.extensions import ExtensionManifest
+
+    return ExtensionManifest(
+        owner=owner, repo=repo, repo_id=f"{owner}/{repo}", short_name=name, executable_path=str(executable),
+        type="python", installed_at=datetime.now(UTC), description=description, commit_sha=version,
+    )  # fmt: skip
+
+
+def extension_owner(folder: Path) -> tuple[str | None, str | None]:
+    """Return an extension's owner and the repository it came from, by its manifest; None for what it does not say."""
+    from huggingface_hub.cli.extensions import ExtensionManifest
+
+    with contextlib.suppress(Exception):  # no manifest, or not one: hf logs it and goes on
+        manifest = ExtensionManifest.load(folder)
+        return manifest.owner, manifest.repo_id
+    return None, None
 
 
 def compile_chat_template(text: str) -> Any:

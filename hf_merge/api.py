@@ -6,22 +6,21 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo, EvalResult, ModelCard
 from huggingface_hub.utils import tqdm
-from jinja2 import TemplateError
 from torch import Tensor
-from yaml import YAMLError
 
 from hf_merge import hub
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError, PublishError
+from hf_merge.evaluation import with_results
 from hf_merge.execute import execute
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.lazy import LazyMerge
@@ -77,6 +76,24 @@ class MergedModel:
                 f"'{self.path}' is a single file of weights: its recipe is in its metadata, it has no card."
             )
         return ModelCard.load(self.path / "README.md")
+
+    def add_results(
+        self, results: Sequence[EvalResult], *, compared: Mapping[str, Sequence[EvalResult]] | None = None
+    ) -> ModelCard:
+        """Put results of an evaluation on its card; what else the card says stays.
+
+        Args:
+            results: they take the place of earlier ones of the same dataset and metric.
+            compared: results of other models, by name, for the table.
+
+        Raises:
+            MergeError: it is a single file or on the Hub only, or these are no results.
+        """
+        if self.path is None:
+            raise MergeError(f"The model is on the Hub only, at {self.url}: edit its card there.")
+        card = with_results(self.card, self.path.name, results, compared)
+        card.save(self.path / "README.md")
+        return card
 
     def load(self, **kwargs: Any) -> Any:
         """Load it with `from_pretrained` of its class.
@@ -379,10 +396,9 @@ def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path
     """Render the card once before anything is computed: a template that fails should not fail at the end."""
     try:
         return str(merged_card(made, sources, name, template=template))
-    except (OSError, TemplateError, ValueError, YAMLError) as error:
-        raise OutputError(
-            f"The card cannot be written from '{template or 'merged.md'}': {' '.join(str(error).split())}."
-        ) from error
+    except Exception as error:  # a template may do anything
+        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OutputError(f"The card cannot be written from '{template or 'merged.md'}': {told}.") from error
 
 
 def _describe(made: Plan, sources: list[Source], folder: Path, *, name: str, card_template: str | Path | None) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader
 
 from hf_merge import _compat
+from hf_merge.evaluation import EVALUATED, NOT_EVALUATED, Compared, evaluation_table
 from hf_merge.licences import Verdict
 from hf_merge.lineage import Part, base_models, inherited, licence_column, licence_in_words, licence_of, made_from
 from hf_merge.method import get_method
 from hf_merge.planning import Plan
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source
+from hf_merge.sparklines import pictures
 from hf_merge.tokenization.chat_templates import BUILT_IN
 from hf_merge.types import InMemory, ModelRef, Ref
 
@@ -32,7 +36,14 @@ def template_folder() -> Path:
 
 
 def merged_card(
-    plan: Plan, sources: Sequence[Source], name: str, *, files: Sequence[str] = (), template: str | Path | None = None
+    plan: Plan,
+    sources: Sequence[Source],
+    name: str,
+    *,
+    files: Sequence[str] = (),
+    template: str | Path | None = None,
+    eval_results: Sequence[EvalResult] = (),
+    compared: Compared | None = None,
 ) -> ModelCard:
     """Render the card of a merged model.
 
@@ -41,29 +52,47 @@ def merged_card(
         sources: the plan's models, in its order.
         name: title of the card.
         files: names of the files beside the weights; they tell what kind of model it is.
-        template: path of a Jinja template to use instead of merged.md.
+        template: path of a Jinja template to use instead of merged.md; it may extend or include ours by name.
+        eval_results: how the merge did.
+        compared: how other models did, by name; for the table.
     """
     by_model = dict(zip(plan.models, sources, strict=True))
     parts = _parts(by_model)
     verdict = licence_of(parts)
     config = plan.config
     is_sentence_transformer = "modules.json" in files
-    return ModelCard.from_template(
-        _card_data(parts, verdict, config, is_sentence_transformer=is_sentence_transformer),
-        template_path=str(template or template_folder() / "merged.md"),
+    data = _card_data(parts, verdict, config, is_sentence_transformer=is_sentence_transformer)
+    if eval_results:
+        data.eval_results, data.model_name = [*eval_results], name
+    recipe = public_recipe(plan.recipe, by_model).to_yaml()
+    return rendered(
+        Path(template or template_folder() / "merged.md"),
+        data,
         name=name,
         method=get_method(plan.recipe.merge_method),
         models=_rows(plan, by_model),
         merged_count=len(plan.recipe.merged),
         notes=[*_notes(plan), *_lineage(parts)],
         licence=licence_in_words(parts, verdict),
-        limits=_limits(plan.recipe, parts),
-        recipe=public_recipe(plan.recipe, by_model).to_yaml(),
+        limits=_limits(plan, parts, is_evaluated=bool(eval_results)),
+        recipe=recipe,
+        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))]),
+        schedules=pictures(plan, [_called(model, by_model[model]) for model in plan.models]),
+        evaluation=evaluation_table(eval_results, compared),
         how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
         has_local_models=any(part.public_id is None for _, part in parts),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
     )
+
+
+def rendered(template: Path, data: ModelCardData, **values: Any) -> ModelCard:
+    """Render a card as `ModelCard.from_template` does, but that templates may extend and include one another."""
+    folders = [str(template.parent), str(template_folder())]
+    # The result is Markdown, not HTML: what comes from outside is made harmless where it is put into a sentence.
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=False)
+    text = environment.from_string(template.read_text(encoding="utf-8"))
+    return ModelCard(text.render(card_data=data.to_yaml(), **{**data.to_dict(), **values}))
 
 
 def pinned_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
@@ -225,9 +254,10 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
             continue
         stage = next(stage for stage in plan.recipe.stages if stage.name == str(model))
         told = f"{role}; itself a merge by {stage.merge_method} of"
-        rows.append({"link": f"stage `{model}`", "role": told, "revision": "", "licence": ""})
+        rows.append({"link": f"stage {_cell(model)}", "role": told, "revision": "", "licence": ""})
         rows += [
-            _row(parent, origin, f"in `{model}`", indent="&nbsp;&nbsp;") for parent, origin in source.parents.items()
+            _row(parent, origin, f"in {_cell(model)}", indent="&nbsp;&nbsp;")
+            for parent, origin in source.parents.items()
         ]
     return rows
 
@@ -235,7 +265,7 @@ def _rows(plan: Plan, sources: Mapping[Ref, Source]) -> list[dict[str, Any]]:
 def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str, Any]:
     """Link a model, and its adapter if it has one."""
     if source.parents:
-        return {"link": f"{indent}`{model}`", "role": role, "revision": "", "licence": ""}
+        return {"link": f"{indent}{_cell(model)}", "role": role, "revision": "", "licence": ""}
     links = [_link(ref, part) for ref, part in zip(_single_refs(model), source.parts, strict=True)]
     revision = ", ".join(part.revision for part in source.parts if part.revision)
     licence = " + ".join(licence_column(part) for part in source.parts)
@@ -243,7 +273,24 @@ def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str
 
 
 def _link(model: Ref, part: Source) -> str:
-    return _hub_link(part.public_id) if part.public_id else f"`{_local_name(model).translate(_NO_MARKUP)}`"
+    return _hub_link(part.public_id) if part.public_id else _cell(_local_name(model))
+
+
+def _called(model: Ref, source: Source) -> str:
+    """Name a model in plain text: its ids on the Hub, or the last part of its path."""
+    named = zip(_single_refs(model), source.parts, strict=False)
+    told = str(model) if source.parents else "+".join(part.public_id or _local_name(ref) for ref, part in named)
+    return told.translate(_NO_MARKUP)
+
+
+def _code(text: object) -> str:
+    """Write text as code in a sentence, where a bar is one, as in `<|im_start|>`."""
+    return f"`{' '.join(str(text).splitlines()).replace('`', chr(39))}`"
+
+
+def _cell(text: object) -> str:
+    """Write text as code in a table."""
+    return f"`{str(text).translate(_NO_MARKUP)}`"
 
 
 def _hub_link(public_id: str) -> str:
@@ -256,17 +303,27 @@ def _lineage(parts: Sequence[Part]) -> list[str]:
     return [f"{name} is itself a merge, by its card made from {', '.join(links)}." for name, links in merges if links]
 
 
-def _limits(recipe: Recipe, parts: Sequence[Part]) -> list[str]:
+def _limits(plan: Plan, parts: Sequence[Part], *, is_evaluated: bool) -> list[str]:
     """Say what was not checked."""
     told = [
-        "The merge was not run and not evaluated: results of its models do not hold for it, and neither do tests of "
-        "their safety.",
+        EVALUATED if is_evaluated else NOT_EVALUATED,
         "Licences, languages, datasets and what the models were made from are what the front matter of their cards "
         "says. Whether that is so, and what the licences of data and tokenizers ask, was not checked.",
     ]
     if any(part.revision is None for _, part in parts):
         told.append("Models without a revision were read where they lay: nothing here pins what was in them.")
-    if recipe.allow_nonfinite:
+    if gated := [name for name, part in parts if part.gated]:
+        told.append(
+            f"Gated on the Hub: {', '.join(gated)}. Who reads them accepts their owners' conditions first; this merge "
+            "does not ask for that, and the conditions hold for it all the same."
+        )
+    if plan.config.get("auto_map"):
+        donor = _code(_local_name(plan.models[plan.donor]))
+        told.append(
+            f"The model runs code of its own, which was copied from {donor} as it was and not looked at: read it "
+            "before you load the model with `trust_remote_code=True`."
+        )
+    if plan.recipe.allow_nonfinite:
         told.append("NaN and Inf were let pass, so that the weights may hold some.")
     return told
 
@@ -278,27 +335,27 @@ def _notes(plan: Plan) -> list[str]:
         _provenance(plan.recipe, donor),
         f"Arithmetic in float32 or wider, rounded once to {str(plan.dtype).removeprefix('torch.')}.",
     ]
-    notes += [f"Layers of {told}." for told in plan.layers(lambda model: f"`{_local_name(model)}`")]
+    notes += [f"Layers of {told}." for told in plan.layers(lambda model: _code(_local_name(model)))]
     copied = sum(step.method is None for step in plan.steps)
     if copied:
         notes.append(f"{copied} tensors hold integers, equal in all models, and were copied.")
     rules = [(rule.pattern, rule.merge_method or plan.recipe.merge_method) for rule in plan.recipe.rules]
-    return [*notes, *(f"Tensors matching `{pattern}`: {method}." for pattern, method in rules)]
+    return [*notes, *(f"Tensors matching {_code(pattern)}: {method}." for pattern, method in rules)]
 
 
 def _provenance(recipe: Recipe, donor: str) -> str:
     """Say where config, tokenizer and chat template come from."""
     options, template = recipe.vocabulary, recipe.chat_template
     if options is None or options.source == "base":
-        told = [f"Config, tokenizer and the set of tensors come from `{donor}`"]
+        told = [f"Config, tokenizer and the set of tensors come from {_code(donor)}"]
     else:
-        told = [f"Config and the set of tensors come from `{donor}`"]
+        told = [f"Config and the set of tensors come from {_code(donor)}"]
         united = "the tokenizer is the union of all models', with the ids of that model first"
-        told += [united if isinstance(options.source, str) else f"the tokenizer from `{_local_name(options.source)}`"]
+        told += [
+            united if isinstance(options.source, str) else f"the tokenizer from {_code(_local_name(options.source))}"
+        ]
     if options is not None and options.tokens:
-        told.append(
-            f"the recipe says where the rows of {', '.join(f'`{token}`' for token in options.tokens)} come from"
-        )
+        told.append(f"the recipe says where the rows of {', '.join(map(_code, options.tokens))} come from")
     if template is not None:
         named = {"auto": "that of most models"}.get(
             template, f"`{template}`" if template in BUILT_IN else "the recipe's"
@@ -308,18 +365,22 @@ def _provenance(recipe: Recipe, donor: str) -> str:
 
 
 def _how_to_load(config: Mapping[str, Any], name: str, *, is_sentence_transformer: bool) -> str:
+    named = json.dumps(name, ensure_ascii=False)
     if is_sentence_transformer:
-        return f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")'
+        return f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({named})"
     if not config:
         return _load_file(name)
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
-    return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{name}")'
+    own = [name for name in config.get("auto_map") or () if str(name).startswith("AutoModel")]
+    loader, code = (own[0], ", trust_remote_code=True") if own else (architecture, "")
+    return f"from transformers import {loader}\n\nmodel = {loader}.from_pretrained({named}{code})"
 
 
 def _load_file(name: str) -> str:
     """Say how to load weights without a config from a folder, or from a repository `namespace/name`."""
     if "/" not in name:
-        return f'from safetensors.torch import load_file\n\nstate_dict = load_file("{name}/model.safetensors")'
+        file = json.dumps(f"{name}/model.safetensors", ensure_ascii=False)
+        return f"from safetensors.torch import load_file\n\nstate_dict = load_file({file})"
     return (
         "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
         f'state_dict = load_file(hf_hub_download("{name}", "model.safetensors"))'

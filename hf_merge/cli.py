@@ -1,4 +1,4 @@
-"""The command line `hf-merge`: merge, plan, check, push, methods, demo. Results on stdout, all else on stderr.
+"""The command line `hf-merge`: merge, plan, push, deploy and others. Results on stdout, all else on stderr.
 
 Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
@@ -115,8 +115,31 @@ def merge(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
     stream: Stream = False,
+    job: Annotated[str | None, Option("--job", help="Merge on Hugging Face Jobs, on hardware of this name.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="With --job: show request and price; start nothing.")] = False,
+    timeout: Annotated[str, Option("--timeout", help="With --job: when to stop it, finished or not.")] = "2h",
+    namespace: Annotated[
+        str | None, Option("--namespace", help="With --job: the account that runs and pays it.")
+    ] = None,
 ) -> None:
     """Merge models into a folder that from_pretrained loads, or straight into the Hub."""
+    changes = _changes(
+        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
+    )  # fmt: skip
+    if job is not None:
+        here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
+                "--resume": resume, "--stream": stream, "--local-files-only": local_files_only}  # fmt: skip
+        if said := [flag for flag, value in here.items() if value]:
+            raise click.UsageError(f"{', '.join(said)} cannot be said of a job: leave it out.")
+        _job(
+            sources_and_output, push_to_hub, flavor=job, dry_run=dry_run, timeout=timeout, namespace=namespace,
+            private=private, create_pr=create_pr, exist_ok=exist_ok, max_shard_size=max_shard_size, token=token,
+            cache_dir=cache_dir, **changes,
+        )  # fmt: skip
+        return
+    if dry_run or namespace is not None:
+        raise click.UsageError("--dry-run and --namespace go with --job; `hf-merge plan` says what a merge does here.")
     sources, output = _sources_and_output(
         sources_and_output, only_sources=push_to_hub is not None and bool(method) and not keep_local
     )
@@ -124,10 +147,6 @@ def merge(
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
-    changes = _changes(
-        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
-        tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
-    )  # fmt: skip
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
         max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
@@ -247,6 +266,69 @@ def _sources_and_output(words: list[str], *, only_sources: bool) -> tuple[list[s
     if only_sources or (len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json"))):
         return words, None
     return words[:-1], words[-1]
+
+
+@app.command(
+    "deploy",
+    epilog=_examples("hf-merge deploy me/merged", "hf-merge deploy me/merged --to job --hardware a10g-small --start"),
+)
+def deploy(
+    repo_id: Annotated[str, Argument(help="The model on the Hub, or for commands a folder.")],
+    to: Annotated[
+        Literal["commands", "job", "endpoint", "space"],
+        Option("--to", help="Your own machine, a job that serves for a while, an inference endpoint, a demo."),
+    ] = "commands",
+    start: Annotated[bool, Option("--start", help="Start it; without, only say what would be sent.")] = False,
+    hardware: Annotated[
+        str | None, Option("--hardware", help="As `hf jobs hardware` or `hf endpoints hardware` list it.")
+    ] = None,
+    name: Annotated[str | None, Option("--name", help="Of the endpoint or Space.")] = None,
+    namespace: Annotated[str | None, Option("--namespace", help="The account that owns and pays it.")] = None,
+    timeout: Annotated[str, Option("--timeout", help="When to stop a job.")] = "1h",
+    public: Annotated[bool, Option("--public", help="Let everybody see the Space.")] = False,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run the code that came with the model.")
+    ] = False,
+    token: Token = None,
+) -> None:
+    """Say how to serve a model and what that costs, or start it on the Hub."""
+    _show(hf_merge.deploy(
+        repo_id, to, dry_run=not start, hardware=hardware, name=name, namespace=namespace, timeout=timeout,
+        private=not public, trust_remote_code=trust_remote_code, token=token,
+    ))  # fmt: skip
+
+
+@app.command(
+    "register", epilog=_examples("hf-merge register", "hf merge plan recipe.yaml", "hf-merge register --remove")
+)
+def register(remove: Annotated[bool, Option("--remove", help="Take it back.")] = False) -> None:
+    """Let Hugging Face's own command line run this one: `hf merge ...`."""
+    from hf_merge import extension
+
+    if remove:
+        out.result("Removed", path=str(extension.unregister()))
+    else:
+        out.result("Registered", command="hf merge", path=str(extension.register()))
+
+
+def _job(sources: list[str], repo_id: str | None, **wanted: Any) -> None:
+    """Merge elsewhere: a job has no folder to leave the result in."""
+    from hf_merge.jobs import run_merge_job
+
+    if repo_id is None:
+        raise click.UsageError("--job needs --push-to-hub: the job keeps no folder.")
+    method = wanted.get("method")
+    if method is None and len(sources) > 1:
+        raise click.UsageError(f"--job keeps no folder: leave '{sources[-1]}' out.")
+    _show(run_merge_job(_recipe(sources, method), repo_id, **wanted))
+
+
+def _show(request: Any) -> None:
+    """Print what was or would be asked of the Hub, for people or for programs."""
+    if out.mode.value == "json":
+        out.dict(request.to_dict())
+    else:
+        out.text(str(request))
 
 
 def _changes(parameters: list[str] | None, **named: Any) -> dict[str, Any]:

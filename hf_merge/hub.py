@@ -41,7 +41,7 @@ from hf_merge.answers import FAILURES, PASS_A_TOKEN, endpoint, in_words, no_toke
 from hf_merge.card import with_checksums, with_name, without_paths
 from hf_merge.errors import MergeError, OutputExistsError, PublishError, shown
 from hf_merge.recipe import Recipe
-from hf_merge.sources.checkpoint import PICKLES
+from hf_merge.sources.weights import PICKLES
 from hf_merge.types import ModelRef
 from hf_merge.writer import CARRIED, RECIPE_FILE, RECIPE_KEY, WEIGHTS
 

@@ -324,3 +324,25 @@ def test_link_to_a_file_is_one_into_its_repository_or_none(models, hub, tmp_path
     assert out.card.data.license_link == "https://huggingface.co/org/a/blob/main/LICENSE"
     out = hf_merge.merge([folders["a"]], tmp_path / "m2", method="linear")
     assert out.card.data.license_name == "qwen" and out.card.data.license_link is None
+
+
+PAIRS = {
+    "permissive and a community licence": ("apache-2.0", "llama3.1", "llama3.1", ()),
+    "non-commercial and permissive": ("cc-by-nc-4.0", "mit", "cc-by-nc-4.0", ()),
+    "terms of use and nobody knows": ("gemma", "unknown", None, ("`unknown`, which stands for no licence",)),
+    "terms of use and nothing said": ("gemma", None, None, ("the card names none",)),
+    "none at all": (None, None, None, ("is unknown: the card names none", "is unknown: the card names none")),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "expected", "told"), PAIRS.values(), ids=PAIRS)
+def test_licences_of_two_public_models_on_card_and_plan(models, hub, tmp_path, one, other, expected, told):
+    folders = models(a=front(license=one, language="en"), b=front(license=other, language="en"))
+    cache = hub({name: folders[name] for name in "ab"})
+    for order in (["org/a", "org/b"], ["org/b", "org/a"]):
+        out = hf_merge.merge(order, tmp_path / "m", method="linear", overwrite=True, **cache)
+        assert out.card.data.license == expected and ("license" in out.card.data.to_dict()) == (expected is not None)
+        warned = licence_warnings(order, **cache)
+        assert len(warned) == len(told) and all(any(said in one for one in warned) for said in told)
+        words = f"So this merge carries `{expected}`" if expected else "So the licence of this merge is unknown"
+        assert words in out.card.text

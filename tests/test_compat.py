@@ -145,3 +145,42 @@ def test_a_file_that_another_process_uploaded_is_still_committed_by_its_digest()
     _, line = _commit_api._prepare_commit_payload([made], {}, "message")
     about = {"path": "model.safetensors", "algo": "sha256", "oid": "ab" * 32, "size": 7}
     assert line == {"key": "lfsFile", "value": about}
+
+
+def test_extensions_of_hf_are_still_found_in_the_same_place_and_written_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = _compat.extension_folder("merge")
+    assert folder == tmp_path / ".local" / "share" / "hf" / "extensions" / "hf-merge"
+    assert _compat.extension_owner(folder) == (None, None)
+    _compat.extension_manifest(
+        "me.here", "hf-merge", "merge", executable=tmp_path / "x", version="1", description="y"
+    ).save(folder)
+    written = json.loads((folder / _compat.extension_file()).read_text())
+    assert written.keys() == {"owner", "repo", "repo_id", "short_name", "executable_path", "type", "installed_at",
+                              "description", "commit_sha"}  # fmt: skip
+    assert written["executable_path"] == str(tmp_path / "x")
+    assert _compat.extension_owner(folder) == ("me.here", "me.here/hf-merge")
+
+
+def test_jobs_are_still_asked_for_by_the_same_json_and_mounted_where_the_cache_looks(tmp_path):
+    from huggingface_hub import Volume, try_to_load_from_cache
+
+    volume = Volume(type="model", source="org/a", mount_path="/models/a", revision="0" * 40, read_only=True)
+    payload = _compat.job_payload(
+        image=_compat.uv_image(), command=["sh"], env={"A": "b"}, secrets={"HF_TOKEN": "x"}, flavor="cpu-basic",
+        timeout="2h", name="n", volumes=[volume],
+    )  # fmt: skip
+    assert payload == {
+        "command": ["sh"], "arguments": [], "environment": {"A": "b"}, "flavor": "cpu-basic",
+        "secrets": {"HF_TOKEN": "x"}, "timeoutSeconds": 7200, "labels": {"name": "n"},
+        "dockerImage": _compat.uv_image(),
+        "volumes": [
+            {"type": "model", "source": "org/a", "mountPath": "/models/a", "revision": "0" * 40, "readOnly": True}
+        ],
+    }  # fmt: skip
+    assert "uv" in _compat.uv_image()
+    folder = tmp_path / _compat.cache_folder("org/a") / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    found = try_to_load_from_cache("org/a", "config.json", cache_dir=tmp_path, revision="0" * 40)
+    assert found == str(folder / "config.json")
