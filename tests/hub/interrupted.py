@@ -71,8 +71,9 @@ def attempt(hub: Hub, push: Callable[[], Any]) -> str | None:
 
 
 def begin(hub: Hub, repo_id: str, is_old: bool) -> None:
-    """Forget what was uploaded and begun, and put an old model there."""
+    """Forget all repositories, what was uploaded and what was begun, and put an old model there."""
     hub.store.large.clear()
+    hub.store.repos.clear()
     for path in Path().glob(".*.hf_merge"):
         shutil.rmtree(path)
     if is_old:
@@ -89,6 +90,7 @@ def sweep(hub: Hub, name: str, push: Callable[[str, bool], Any]) -> Iterator[dic
     before = len(hub.log)
     push(f"me/{name}-clean", False)
     requests = len(hub.log) - before
+    clean = files(hub, f"me/{name}-clean")
     for k in range(1, requests + 1):
         for kind, fault in every_fault(k).items():
             repo_id = f"me/{name}-{kind}-{k}"
@@ -99,7 +101,7 @@ def sweep(hub: Hub, name: str, push: Callable[[str, bool], Any]) -> Iterator[dic
             then = files(hub, repo_id)
             again = attempt(hub, lambda repo_id=repo_id: push(repo_id, True)) if refused else None
             after = files(hub, repo_id)
-            expected = _renamed(files(hub, f"me/{name}-clean"), f"me/{name}-clean", repo_id)
+            expected = _renamed(clean, f"me/{name}-clean", repo_id)
             states = [old or {}, expected, *([None] if old is None else [])]
             commits = len(hub.store.repos[repo_id].commit("main").history()) - (2 if is_old else 1)
             yield {
