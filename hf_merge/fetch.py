@@ -10,13 +10,14 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Condition, Event
+from queue import Empty, Queue
+from threading import Condition, Event, Thread
 from typing import Any
 
 import torch
@@ -135,21 +136,45 @@ def fetching(reads: Sequence[Read], stop: Event) -> Iterator[None]:
     whole = _whole(reads)
     streamed = [(file, name) for file, name in reads if file.streamed]
     ending = Ending(stop)
-    pool = ThreadPoolExecutor(_AT_A_TIME)
     try:
         with _bar(whole) as bar:
-            for file in whole:
-                coming = pool.submit(_fetched, file, bar, ending)
-                file.read = partial(_when_there, coming, ending)
-            ahead = _Ahead(streamed, ending)
-            for _ in range(_AT_A_TIME if streamed else 0):
-                pool.submit(ahead.work)
+            _start(len(whole), partial(_download, _expected(whole, ending), bar, ending))
+            _start(len(streamed), _Ahead(streamed, ending).work)
             yield
     except Stopped:
         raise ending.failure or Stopped from None
     finally:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(count: int, work: Callable[[], None]) -> None:
+    """Work in some threads, for which nobody waits at the end: a connection may hang."""
+    for _ in range(min(count, _AT_A_TIME)):
+        Thread(target=work, name="hf_merge fetch", daemon=True).start()
+
+
+def _expected(files: Sequence[RemoteSafetensors], ending: Ending) -> Queue[tuple[RemoteSafetensors, Future[Any]]]:
+    """Queue files; whoever reads one waits for it."""
+    queue: Queue[tuple[RemoteSafetensors, Future[Any]]] = Queue()
+    for file in files:
+        coming: Future[Any] = Future()
+        file.read = partial(_when_there, coming, ending)
+        queue.put((file, coming))
+    return queue
+
+
+def _download(queue: Queue[tuple[RemoteSafetensors, Future[Any]]], bar: Any, ending: Ending) -> None:
+    """Bring one file after the other into the cache; one that fails ends all."""
+    while not ending.is_near():
+        try:
+            file, coming = queue.get_nowait()
+        except Empty:
+            return
+        try:
+            coming.set_result(file.fetch(tqdm_class=_shared(bar, ending)).tensor)
+        except BaseException as error:
+            ending.failure = ending.failure or (None if isinstance(error, Stopped) else error)
+            coming.set_exception(error)
 
 
 def _bar(files: Sequence[RemoteSafetensors]) -> Any:
@@ -157,17 +182,6 @@ def _bar(files: Sequence[RemoteSafetensors]) -> Any:
     total = sum(file.remote.size for file in files)
     hidden = None if files else True
     return tqdm(total=total, unit="B", unit_scale=True, desc="Downloading", name="hf_merge.download", disable=hidden)
-
-
-def _fetched(file: RemoteSafetensors, bar: Any, ending: Ending) -> Callable[[str], Tensor]:
-    """Bring a file into the cache; one that fails ends the others."""
-    try:
-        if ending.is_near():
-            raise Stopped
-        return file.fetch(tqdm_class=_shared(bar, ending)).tensor
-    except BaseException as error:
-        ending.failure = ending.failure or (None if isinstance(error, Stopped) else error)
-        raise
 
 
 def _when_there(coming: Future[Callable[[str], Tensor]], ending: Ending, name: str) -> Tensor:

@@ -4,7 +4,10 @@ import hashlib
 import json
 import mmap
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -326,3 +329,18 @@ def test_models_that_do_not_fit_on_the_disk_are_refused_before_they_are_fetched(
     told = account.python(code, model=f"{account.name}/a", out=str(tmp_path / "m"))
     assert told is not None and "where 1 B are free" in told and "--stream" in told
     assert not cached_weights(account) and not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_ctrl_c_ends_a_merge_although_the_hub_does_not_answer(account, llamas, tmp_path, stream):
+    account.put("a", llamas["a"])
+    account.hub.faults.append(fault := Fault("hang", rf"cdn/{account.name}/a/", first=2, seconds=60))
+    words = ["merge", "--method", "linear", f"{account.name}/a", str(tmp_path / "m"), *(["--stream"] if stream else [])]
+    call = [sys.executable, "-m", "hf_merge.cli", *words]
+    process = subprocess.Popen(call, env=account.environment(None), stderr=subprocess.PIPE, text=True)
+    while fault.matched < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=25)
+    assert process.returncode == 130 and "Traceback" not in told and not (tmp_path / "m").exists()
