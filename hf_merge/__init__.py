@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hf_merge.api import MergedModel, merge, merge_state_dicts, plan
+    from hf_merge.api import MergedModel, from_pretrained, merge, merge_state_dicts, plan
     from hf_merge.errors import (
         ComputeError,
         MergeError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hf_merge.recipe import Recipe
 
 _HOME = {
-    "api": ("MergedModel", "merge", "merge_state_dicts", "plan"),
+    "api": ("MergedModel", "from_pretrained", "merge", "merge_state_dicts", "plan"),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
         "RecipeError", "SourceError", "UnknownMethodError",
@@ -56,6 +56,7 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "UnknownMethodError",
+    "from_pretrained",
     "get_method",
     "list_methods",
     "merge",

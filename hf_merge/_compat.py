@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -259,3 +260,73 @@ def compile_chat_template(text: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(text)
+
+
+def class_to_load(config: Mapping[str, Any], folder: Path, *, trust_remote_code: bool | None = None) -> Any:
+    """Return the class whose `from_pretrained` loads a model; AutoModel if config.json names none.
+
+    Args:
+        config: the content of config.json.
+        folder: where it lies, with the code that it may name.
+        trust_remote_code: whether that code may run.
+
+    Returns:
+        None if the class is not one of transformers' own and its code is not there, or may not run.
+    """
+    import transformers
+
+    name = next(iter(config.get("architectures") or ()), None)
+    codes = config.get("auto_map") or {}
+    code = next((code for code in codes.values() if isinstance(code, str) and code.endswith(f".{name}")), None)
+    if code and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(code, folder)
+    return getattr(transformers, name, None) if name else transformers.AutoModel
+
+
+def config_to_load(
+    model_class: Any, folder: Path, changes: Mapping[str, Any], *, trust_remote_code: bool | None = None
+) -> tuple[Any, set[str]]:
+    """Read config.json as `from_pretrained` of a class does, and change attributes.
+
+    Args:
+        model_class: the class; an Auto class lets `model_type` decide.
+        folder: where it lies.
+        changes: attributes.
+        trust_remote_code: whether code that it names may run.
+
+    Returns:
+        The config, and the names of changes that are no attributes.
+    """
+    from transformers import AutoConfig
+
+    reader: Any = getattr(model_class, "config_class", None) or AutoConfig
+    trusted = {"trust_remote_code": trust_remote_code} if reader is AutoConfig else {}
+    config, unused = reader.from_pretrained(folder, return_unused_kwargs=True, **changes, **trusted)
+    return config, {*unused} & {*changes}
+
+
+def generation_config(folder: Path) -> Any:
+    """Read how a model generates, as `from_pretrained` does: from its own file, or else from old config.json files."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+LOADING_WORDS = {
+    "device_map", "max_memory", "quantization_config", "offload_folder", "offload_buffers", "distributed_config",
+    "device_mesh", "attn_implementation", "experts_implementation", "generation_config", "output_loading_info",
+    "trust_remote_code", "key_mapping", "fusion_config", "use_kernels", "kernel_config", "allow_all_kernels",
+    "tqdm_class", "low_cpu_mem_usage",
+}  # fmt: skip
+"""What `from_pretrained` takes beside files: the keywords that it reads, some without a place in its signature."""
+
+
+def loading_order(names: Iterable[str]) -> list[str]:
+    """Sort names of tensors as transformers' loader asks for them."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
