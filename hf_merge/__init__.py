@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_merge.registration import register_when_imported
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ __all__ = [
     "merge_state_dicts",
     "plan",
 ]
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

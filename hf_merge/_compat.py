@@ -285,6 +285,42 @@ def class_to_load(config: Mapping[str, Any], folder: Path, *, trust_remote_code:
     return getattr(transformers, name, None) if name else transformers.AutoModel
 
 
+def class_of_auto(auto_class: Any, config: Any) -> tuple[Any, Any]:
+    """Return the class that an Auto class chooses for a config, or None, and the part of the config that it takes."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    if type(config) not in auto_class._model_mapping:
+        return None, config
+    model_class = _get_model_class(config, auto_class._model_mapping)
+    text: Any = config.sub_configs.get("text_config")
+    is_text = text is not None and getattr(model_class, "config_class", None) == text
+    return model_class, config.get_text_config() if is_text else config
+
+
+def auto_class_name(architecture: str) -> str:
+    """Name the Auto class that makes models of a class: AutoModelForCausalLM for LlamaForCausalLM."""
+    from transformers.models.auto import modeling_auto
+
+    general = {"AutoModel": 2, "AutoModelForPreTraining": 1}
+    found = [
+        name for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None
+        and architecture in _flat(auto._model_mapping._model_mapping.values())
+    ]  # fmt: skip
+    return min(found, key=lambda name: general.get(name, 0), default="AutoModel")
+
+
+def tokenizer_class(config: Mapping[str, Any], folder: Path) -> str | None:
+    """Name the class of a folder's tokenizer, where its own files do not and `model_type` would decide."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if told.get("tokenizer_class") or told.get("auto_map"):
+        return None
+    return config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(config.get("model_type", ""))
+
+
 def config_to_load(
     model_class: Any, folder: Path, changes: Mapping[str, Any], *, trust_remote_code: bool | None = None
 ) -> tuple[Any, set[str]]:
@@ -320,7 +356,7 @@ LOADING_WORDS = {
     "device_map", "max_memory", "quantization_config", "offload_folder", "offload_buffers", "distributed_config",
     "device_mesh", "attn_implementation", "experts_implementation", "generation_config", "output_loading_info",
     "trust_remote_code", "key_mapping", "fusion_config", "use_kernels", "kernel_config", "allow_all_kernels",
-    "tqdm_class", "low_cpu_mem_usage",
+    "tqdm_class", "low_cpu_mem_usage", "ignore_mismatched_sizes",
 }  # fmt: skip
 """What `from_pretrained` takes beside files: the keywords that it reads, some without a place in its signature."""
 

@@ -254,9 +254,14 @@ def load_recipe(recipe: Any, hub: Mapping[str, Any], *, name: str = "", auto_cla
     changes = {key: kwargs.pop(key) for key in [*kwargs] if key in words}
     if dtype != "auto":
         changes["out_dtype"] = dtype  # which wins over all that a recipe says
-    made, sources = _prepare(recipe, changes, "cpu", MAX_SHARD_SIZE, hub)
+    made, sources = open_recipe(recipe, hub, **changes)
     made.check()
     return load(made, sources, name=name or _name_of(recipe, made), auto_class=auto_class, **kwargs)
+
+
+def open_recipe(recipe: Any, hub: Mapping[str, Any], **changes: Any) -> tuple[Plan, list[Source]]:
+    """Plan a recipe from headers; return the plan and its models, in its order."""
+    return _prepare(recipe, changes, "cpu", MAX_SHARD_SIZE, hub)
 
 
 def _name_of(recipe: Any, made: Plan) -> str:

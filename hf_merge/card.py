@@ -31,7 +31,13 @@ def template_folder() -> Path:
 
 
 def merged_card(
-    plan: Plan, sources: Sequence[Source], name: str, *, files: Sequence[str] = (), template: str | Path | None = None
+    plan: Plan,
+    sources: Sequence[Source],
+    name: str,
+    *,
+    files: Sequence[str] = (),
+    template: str | Path | None = None,
+    how_to_load: str = "",
 ) -> ModelCard:
     """Render the card of a merged model.
 
@@ -41,6 +47,7 @@ def merged_card(
         name: title of the card.
         files: names of the files beside the weights; they tell what kind of model it is.
         template: path of a Jinja template to use instead of merged.md.
+        how_to_load: code, if it is not loaded as a folder with weights is.
     """
     by_model = dict(zip(plan.models, sources, strict=True))
     parts = _parts(by_model)
@@ -58,7 +65,7 @@ def merged_card(
         licence=licence_in_words(parts, verdict),
         limits=_limits(plan.recipe, parts),
         recipe=public_recipe(plan.recipe, by_model).to_yaml(),
-        how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
+        how_to_load=how_to_load or _how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
         has_local_models=any(part.public_id is None for _, part in parts),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),

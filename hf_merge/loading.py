@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.utils import logging
 
 from hf_merge import _compat
-from hf_merge.errors import MergeError, OutputError, ParameterError, did_you_mean
+from hf_merge.errors import MergeError, OutputError, ParameterError, RecipeError, did_you_mean
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.lazy import MergedSlice, Mergers
 from hf_merge.method import get_method, list_methods
@@ -53,7 +53,7 @@ def load(plan: Plan, sources: Sequence[Source], *, name: str, auto_class: Any = 
         model_class, config, words = _described(plan, sources, Path(folder), auto_class, options)
     named = _of_the_model(plan, sources[plan.donor])
     model, info = _loaded(model_class, plan, sources, named, {**words, "config": config})
-    _check(info, plan, model, strict=auto_class is None)
+    _check(info, plan, model, strict=auto_class is None or type(model).__name__ in plan.config.get("architectures", ()))
     model.name_or_path = model.config.name_or_path = name
     return (model, info) if options.get("output_loading_info") else model
 
@@ -80,6 +80,13 @@ def _described(
     config, unknown = _compat.config_to_load(model_class, folder, changes, trust_remote_code=trusted)
     _refuse_unknown(unknown, config)
     words.setdefault("generation_config", _compat.generation_config(folder))
+    if not hasattr(model_class, "config_class"):
+        auto_class, (model_class, config) = model_class, _compat.class_of_auto(model_class, config)
+        if model_class is None:
+            named = "".join(f", and names {one}" for one in plan.config.get("architectures") or ())
+            raise RecipeError(
+                f"{auto_class.__name__} has no class for {type(config).__name__}, which the merge has{named}."
+            )
     return model_class, config, words
 
 
