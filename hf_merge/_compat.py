@@ -339,8 +339,10 @@ def config_to_load(
 
     reader: Any = getattr(model_class, "config_class", None) or AutoConfig
     trusted = {"trust_remote_code": trust_remote_code} if reader is AutoConfig else {}
-    config, unused = reader.from_pretrained(folder, return_unused_kwargs=True, **changes, **trusted)
-    return config, {*unused} & {*changes}
+    of_files = {"revision", "force_download", "subfolder", "proxies", "gguf_file"} & changes.keys()
+    said = {key: value for key, value in changes.items() if key not in of_files}
+    config, unused = reader.from_pretrained(folder, return_unused_kwargs=True, **said, **trusted)
+    return config, of_files | (unused.keys() & said.keys())
 
 
 def generation_config(folder: Path) -> Any:

@@ -46,7 +46,7 @@ def register_models() -> None:
     from transformers.models.auto import modeling_auto
 
     for name, auto_class in vars(modeling_auto).items():
-        if name.startswith("AutoModel") and getattr(auto_class, "_model_mapping", None) is not None:
+        if name.startswith("Auto") and getattr(auto_class, "_model_mapping", None) is not None:
             auto_class.register(MergeConfig, _maker(auto_class), exist_ok=True)
 
 

@@ -161,8 +161,3 @@ def _check(info: Mapping[str, Any], plan: Plan, model: Any, *, strict: bool) -> 
                 f"The merge {what} {len(keys)} tensors of {type(model).__name__}, such as '{min(keys)}': "
                 f"choose another base_model than '{plan.models[plan.donor]}', or merge into a folder and look there."
             )
-    if spare := info["unexpected_keys"]:
-        logger.warning(
-            "%d tensors of '%s' have no place in %s and are left out, such as '%s'.",
-            len(spare), plan.models[plan.donor], type(model).__name__, min(spare),
-        )  # fmt: skip

@@ -6,6 +6,7 @@ Nothing is imported for it: where transformers comes later, its modules are seen
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
@@ -27,7 +28,10 @@ def register_when_imported() -> None:
 
 
 def _register(name: str) -> None:
-    getattr(importlib.import_module("hf_merge.auto"), _AWAITED[name])()
+    try:
+        getattr(importlib.import_module("hf_merge.auto"), _AWAITED[name])()
+    except Exception as error:  # this is inside somebody's `import transformers`
+        logging.getLogger(__name__).warning("transformers' Auto classes will not know recipe repos: %s", error)
 
 
 class _Finder:
