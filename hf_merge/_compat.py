@@ -301,7 +301,7 @@ def auto_class_name(architecture: str) -> str:
     """Name the Auto class that makes models of a class: AutoModelForCausalLM for LlamaForCausalLM."""
     from transformers.models.auto import modeling_auto
 
-    general = {"AutoModel": 2, "AutoModelForPreTraining": 1}
+    general = {"AutoModel": 1, "AutoModelForPreTraining": 2, "AutoModelForTextEncoding": 3}
     found = [
         name for name, auto in vars(modeling_auto).items()
         if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None
