@@ -12,8 +12,8 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_merge.errors import RecipeError
+from hf_merge.registration import MODEL_TYPE
 
-MODEL_TYPE = "hf_merge"
 _OF_FILES = (
     "revision", "force_download", "subfolder", "proxies", "use_safetensors", "weights_only", "variant", "gguf_file",
     "adapter_kwargs", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash", "disable_mmap",

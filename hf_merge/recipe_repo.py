@@ -17,13 +17,13 @@ from hf_merge.card import merged_card, original_models, pinned_recipe
 from hf_merge.errors import OutputError, RecipeError
 from hf_merge.planning import Plan
 from hf_merge.recipe import Recipe
+from hf_merge.registration import MODEL_TYPE
 from hf_merge.sources import Source, download
 from hf_merge.types import InMemory, ModelRef, Ref
 from hf_merge.writer import refuse_existing
 
 logger = logging.get_logger(__name__)
 
-MODEL_TYPE = "hf_merge"
 STUB = "modeling_hf_merge.py"
 _STUB = '''"""Of a repo without weights: its models are merged when it is loaded, by hf_merge."""
 
@@ -68,7 +68,8 @@ def push_recipe(recipe: Recipe, repo_id: str, *, hub: Mapping[str, Any], **optio
 
 def _is_recipe_repo(folder: Path) -> bool:
     path = folder / "config.json"
-    return path.is_file() and f'"model_type": "{MODEL_TYPE}"' in path.read_text(encoding="utf-8")
+    said = f'"model_type": "{MODEL_TYPE}"'
+    return path.is_file() and said in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _pinned(made: Plan, sources: Sequence[Source], hub: Mapping[str, Any]) -> tuple[Recipe, list[str]]:

@@ -13,6 +13,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+MODEL_TYPE = "hf_merge"
+"""What config.json of a recipe repo says; `auto` and `recipe_repo` read it."""
+
 _AUTO = "transformers.models.auto"
 _AWAITED = {f"{_AUTO}.configuration_auto": "register_config", f"{_AUTO}.modeling_auto": "register_models"}
 """Modules of transformers, each with the function of `hf_merge.auto` that it is good for."""

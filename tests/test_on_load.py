@@ -215,6 +215,20 @@ class TestPlaces:
         assert most[0] == workers
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_it_is_merged_there(llamas, method, monkeypatch):
+    words = {**METHODS[method], "base_model": llamas["base"]} if method != "linear" else METHODS[method]
+    models = [llamas["a"]] if method == "slerp" else [llamas["a"], llamas["b"]]
+    model = hf_merge.from_pretrained(models, method=method, device_map="cuda:0", **words)
+    there = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    here = hf_merge.from_pretrained(models, method=method, **words).state_dict()
+    assert model.device.type == "cuda" and there.keys() == here.keys()
+    for name, tensor in there.items():  # slerp has norms and dot products, which sum in another order there
+        torch.testing.assert_close(tensor, here[name], rtol=0, atol=1e-6 if method == "slerp" else 0)
+
+
 class TestWhatDoesNotFit:
     def test_tensors_without_a_config_name_what_merges_them(self):
         with pytest.raises(hf_merge.MergeError, match=r"no config\.json.*merge_state_dicts"):
