@@ -341,8 +341,9 @@ def config_to_load(
     trusted = {"trust_remote_code": trust_remote_code} if reader is AutoConfig else {}
     of_files = {"revision", "force_download", "subfolder", "proxies", "gguf_file"} & changes.keys()
     said = {key: value for key, value in changes.items() if key not in of_files}
-    config, unused = reader.from_pretrained(folder, return_unused_kwargs=True, **said, **trusted)
-    return config, of_files | (unused.keys() & said.keys())
+    read: Any = reader.from_pretrained(folder, return_unused_kwargs=True, **said, **trusted)
+    config, unused = read
+    return config, of_files | ({*unused} & said.keys())
 
 
 def generation_config(folder: Path) -> Any:

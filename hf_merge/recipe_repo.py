@@ -92,7 +92,8 @@ def _pinned(made: Plan, sources: Sequence[Source], hub: Mapping[str, Any]) -> tu
     tokenizer = made.recipe.vocabulary.source if made.recipe.vocabulary else None
     if isinstance(tokenizer, ModelRef) and tokenizer not in by_model:
         names[tokenizer] = pinned = _pinned_tokenizer(tokenizer, hub)
-        here |= {tokenizer: pinned} if pinned.revision is None else {}
+        if pinned.revision is None:
+            here[tokenizer] = pinned
     recipe = pinned_recipe(made.recipe.renamed(names), {names[model]: source for model, source in originals})
     return recipe, sorted({ref.path for ref in here.values()})
 
