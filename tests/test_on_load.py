@@ -254,6 +254,15 @@ class TestWhatDoesNotFit:
         ):
             hf_merge.from_pretrained([*folders.values()], method="linear")
 
+    def test_a_tensor_without_a_place_is_reported_as_by_transformers(self, llamas, tmp_path):
+        folders = save_llamas(tmp_path, ("a",))
+        for folder in folders.values():
+            tensors = {**load_file(folder / "model.safetensors"), "model.extra.weight": torch.ones(2)}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        model, info = hf_merge.from_pretrained([*folders.values()], method="linear", output_loading_info=True)
+        assert info["unexpected_keys"] == {"model.extra.weight"} and not info["missing_keys"]
+        assert "model.extra.weight" not in model.state_dict()
+
     @pytest.mark.parametrize("words", [{}, {"device_map": {**ON_CPU, "lm_head": "disk"}}])
     def test_an_error_in_the_arithmetic_comes_out_as_it_is(self, llamas, tmp_path, words):
         broken = LlamaForCausalLM.from_pretrained(llamas["a"])
