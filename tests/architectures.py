@@ -264,8 +264,8 @@ _HEAD = """# Architectures
 hf_merge has no list of architectures: it merges the names of checkpoints. These classes are tested: tiny random models
 with `save_pretrained`'s names, merged by `linear` and `ties`, exact to the last bit but one, loaded without missing or
 unexpected weights, and run. Merged on load they are the same to the bit. Where the layout on disk is not the one in
-memory, models saved in one and the other are merged as well. Written by `python -m tests.architectures`; the tests check
-that it is current.
+memory, models saved in one and the other are merged as well. Written by `python -m tests.architectures`; the tests
+check that it is current.
 
 | class | tensors | layout on disk | merges exactly |
 |---|---|---|---|
