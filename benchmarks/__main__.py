@@ -20,7 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.checkpoints import SIZES, Shapes, checkpoints, llama_shapes, moe_shapes, tiny_shapes
+from benchmarks.checkpoints import SIZES, Shapes, checkpoints, llama_config, llama_shapes, moe_shapes, tiny_shapes
+from benchmarks.loading import COLUMNS as LOADING_COLUMNS
+from benchmarks.loading import loading_rows
 from benchmarks.processes import Run, run_floor, run_python
 from benchmarks.rows import COLUMNS as ROW_COLUMNS
 from benchmarks.rows import row_cells
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         slopes = _slopes(options, Path(scratch))
     tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slopes))] if slopes else [])]
     tables += [_table(ROW_COLUMNS, [row_cells(options.rows, options.runs)])] if options.rows else []
+    tables += [_table(LOADING_COLUMNS, loading_rows(options.large, options.runs))] if options.on_load else []
     text = "\n\n".join(tables)
     print(text)
     if options.json:
@@ -90,6 +93,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--moe-layers", type=int, default=48, help="of the mixture of tiny experts; 0: none")
     parser.add_argument("--experts", type=int, default=128, help="in each of these layers")
     parser.add_argument("--rows", type=int, default=151_000, help="of an embedding in another vocabulary; 0: none")
+    parser.add_argument("--on-load", action=argparse.BooleanOptionalAction, default=True, help="merges into a model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),
                         help="for checkpoints, which later calls use again, and for outputs")  # fmt: skip
@@ -106,7 +110,10 @@ def _words(text: str) -> list[str]:
 def _cases(options: argparse.Namespace, scratch: Path) -> list[Case]:
     """Make the checkpoints and say what is measured on them."""
     name = f"llama-{options.hidden}x{options.layers}"
-    large = checkpoints(options.folder / name, llama_shapes(options.hidden, options.layers), options.models)
+    shape = options.hidden, options.layers
+    large = options.large = checkpoints(
+        options.folder / name, llama_shapes(*shape), options.models, llama_config(*shape)
+    )
     imports = [f"import {module}" for module in ("torch", "hf_merge.api")]
     cases = [Case(code, partial(run_python, code)) for code in imports]
     cases += [_merge_case(method, _recipe(method, large), scratch) for method in options.methods]

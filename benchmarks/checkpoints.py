@@ -33,6 +33,18 @@ def llama_shapes(hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
+def llama_config(hidden: int, layers: int) -> dict[str, int]:
+    """Return what config.json says of these shapes."""
+    shapes = llama_shapes(hidden, layers)
+    head = math.gcd(64, hidden // 8)
+    return {
+        "hidden_size": hidden, "num_hidden_layers": layers, "head_dim": head,
+        "num_attention_heads": hidden // head, "num_key_value_heads": hidden // 8 // head,
+        "intermediate_size": shapes["model.layers.0.mlp.up_proj.weight"][0],
+        "vocab_size": shapes["lm_head.weight"][0],
+    }  # fmt: skip
+
+
 def tiny_shapes(count: int) -> dict[str, tuple[int, ...]]:
     """Name `count` tensors of 256 elements, as a mixture of many small experts has them."""
     return {f"model.layers.{i // 100}.mlp.experts.{i % 100}.weight": (16, 16) for i in range(count)}
@@ -44,19 +56,24 @@ def moe_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
     return {f"{place}.{part}_proj.weight": (16, 16) for place in places for part in ("gate", "up", "down")}
 
 
-def checkpoints(folder: Path, shapes: Shapes, models: int) -> list[Path]:
-    """Return the folders of a base and of `models` fine-tunes in `folder`; those that an earlier call made are kept."""
+def checkpoints(folder: Path, shapes: Shapes, models: int, sizes: Mapping[str, int] | None = None) -> list[Path]:
+    """Return the folders of a base and of `models` fine-tunes in `folder`; those that an earlier call made are kept.
+
+    `sizes` goes into config.json.
+    """
     paths = [folder / ("base" if i == 0 else f"model-{i}") for i in range(models + 1)]
     for i, path in enumerate(paths):
         if not (path / "config.json").is_file():
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
             _write(path, shapes, fine_tune=i)
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **(sizes or {})}
+        (path / "config.json").write_text(json.dumps(config))
     return paths
 
 
 def _write(path: Path, shapes: Shapes, fine_tune: int) -> None:
-    """Write shards, their index and, last, the config."""
+    """Write shards and their index."""
     names = list(shapes)
     size = math.ceil(len(names) / _SHARDS)
     files = [names[i : i + size] for i in range(0, len(names), size)]
@@ -68,8 +85,6 @@ def _write(path: Path, shapes: Shapes, fine_tune: int) -> None:
             _write_shard(out, {name: shapes[name] for name in held}, fine_tune)
     index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes.values()))}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
-    (path / "config.json").write_text(json.dumps(config))
 
 
 def _write_shard(out: BinaryIO, shapes: Shapes, fine_tune: int) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_merge.registration import register_when_imported
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hf_merge.api import MergedModel, merge, merge_state_dicts, plan
+    from hf_merge.api import MergedModel, from_pretrained, merge, merge_state_dicts, plan
     from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from hf_merge.recipe import Recipe
 
 _HOME = {
-    "api": ("MergedModel", "merge", "merge_state_dicts", "plan"),
+    "api": ("MergedModel", "from_pretrained", "merge", "merge_state_dicts", "plan"),
     "deployment": ("deploy",),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
@@ -63,6 +65,7 @@ __all__ = [
     "SourceError",
     "UnknownMethodError",
     "deploy",
+    "from_pretrained",
     "get_method",
     "list_methods",
     "merge",
@@ -71,6 +74,8 @@ __all__ = [
     "plan",
     "push_to_hub",
 ]
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

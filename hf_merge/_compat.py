@@ -335,3 +335,112 @@ def uploaded_file(path: str, *, sha256: str, size: int, is_committed: bool = Fal
     addition._upload_mode, addition._is_uploaded, addition._should_ignore = "lfs", True, False
     addition._remote_oid = sha256 if is_committed else None
     return addition
+
+
+def class_to_load(config: Mapping[str, Any], folder: Path, *, trust_remote_code: bool | None = None) -> Any:
+    """Return the class whose `from_pretrained` loads a model; AutoModel if config.json names none.
+
+    Args:
+        config: the content of config.json.
+        folder: where it lies, with the code that it may name.
+        trust_remote_code: whether that code may run.
+
+    Returns:
+        None if the class is not one of transformers' own and its code is not there, or may not run.
+    """
+    import transformers
+
+    name = next(iter(config.get("architectures") or ()), None)
+    codes = config.get("auto_map") or {}
+    code = next((code for code in codes.values() if isinstance(code, str) and code.endswith(f".{name}")), None)
+    if code and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(code, folder)
+    return getattr(transformers, name, None) if name else transformers.AutoModel
+
+
+def class_of_auto(auto_class: Any, config: Any) -> tuple[Any, Any]:
+    """Return the class that an Auto class chooses for a config, or None, and the part of the config that it takes."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    if type(config) not in auto_class._model_mapping:
+        return None, config
+    model_class = _get_model_class(config, auto_class._model_mapping)
+    text: Any = config.sub_configs.get("text_config")
+    is_text = text is not None and getattr(model_class, "config_class", None) == text
+    return model_class, config.get_text_config() if is_text else config
+
+
+def auto_class_name(architecture: str) -> str:
+    """Name the Auto class that makes models of a class: AutoModelForCausalLM for LlamaForCausalLM."""
+    from transformers.models.auto import modeling_auto
+
+    general = {"AutoModel": 1, "AutoModelForPreTraining": 2, "AutoModelForTextEncoding": 3}
+    found = [
+        name for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None
+        and architecture in _flat(auto._model_mapping._model_mapping.values())
+    ]  # fmt: skip
+    return min(found, key=lambda name: general.get(name, 0), default="AutoModel")
+
+
+def tokenizer_class(config: Mapping[str, Any], folder: Path) -> str | None:
+    """Name the class of a folder's tokenizer, where its own files do not and `model_type` would decide."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if told.get("tokenizer_class") or told.get("auto_map"):
+        return None
+    return config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(config.get("model_type", ""))
+
+
+def config_to_load(
+    model_class: Any, folder: Path, changes: Mapping[str, Any], *, trust_remote_code: bool | None = None
+) -> tuple[Any, set[str]]:
+    """Read config.json as `from_pretrained` of a class does, and change attributes.
+
+    Args:
+        model_class: the class; an Auto class lets `model_type` decide.
+        folder: where it lies.
+        changes: attributes.
+        trust_remote_code: whether code that it names may run.
+
+    Returns:
+        The config, and the names of changes that are no attributes.
+    """
+    from transformers import AutoConfig
+
+    reader: Any = getattr(model_class, "config_class", None) or AutoConfig
+    trusted = {"trust_remote_code": trust_remote_code} if reader is AutoConfig else {}
+    of_files = {"revision", "force_download", "subfolder", "proxies", "gguf_file"} & changes.keys()
+    said = {key: value for key, value in changes.items() if key not in of_files}
+    read: Any = reader.from_pretrained(folder, return_unused_kwargs=True, **said, **trusted)
+    config, unused = read
+    return config, of_files | ({*unused} & said.keys())
+
+
+def generation_config(folder: Path) -> Any:
+    """Read how a model generates, as `from_pretrained` does: from its own file, or else from old config.json files."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+LOADING_WORDS = {
+    "device_map", "max_memory", "quantization_config", "offload_folder", "offload_buffers", "distributed_config",
+    "device_mesh", "attn_implementation", "experts_implementation", "generation_config", "output_loading_info",
+    "trust_remote_code", "key_mapping", "fusion_config", "use_kernels", "kernel_config", "allow_all_kernels",
+    "tqdm_class", "low_cpu_mem_usage", "ignore_mismatched_sizes",
+}  # fmt: skip
+"""What `from_pretrained` takes beside files: the keywords that it reads, some without a place in its signature."""
+
+
+def loading_order(names: Iterable[str]) -> list[str]:
+    """Sort names of tensors as transformers' loader asks for them."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo, EvalResult, ModelCard
@@ -25,6 +25,7 @@ from hf_merge.execute import execute
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.lazy import LazyMerge
 from hf_merge.lineage import licence_problems, parts_of
+from hf_merge.loading import load, recipe_words
 from hf_merge.placement import DeviceMap, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
@@ -40,6 +41,9 @@ from hf_merge.types import ModelRef, Ref
 from hf_merge.uploads import Uploads
 from hf_merge.vocabulary import align_vocabularies
 from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, partial_folder, refuse_existing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -303,6 +307,93 @@ def _push(folder: Path, destination: hub.Destination) -> CommitInfo:
             f"{error} The merged model is whole in '{folder}': "
             f"push it with `hf-merge push {folder} {destination.repo_id}`."
         ) from error
+
+
+def from_pretrained(
+    recipe: Any,
+    *,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    dtype: Any = None,
+    quantization_config: Any = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    distributed_config: Any = None,
+    attn_implementation: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    stream: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Merge models into a `PreTrainedModel`, each tensor on the device that will hold it; nothing is written.
+
+        model = hf_merge.from_pretrained("recipe.yaml", device_map="auto")
+        model = hf_merge.from_pretrained(["org/a", "org/b"], method="slerp", base_model="org/a", t=0.4)
+
+    It is the model that `merge(...).load()` gives, without the folder.
+
+    Args:
+        recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
+        device_map, max_memory: where the model goes, as in transformers: `auto`, `balanced`, `sequential`, a device,
+            or names of modules with devices, `cpu` and `disk` among them.
+        dtype: of the model; tensors are rounded to it once. The recipe's if not given, or else the models' own.
+        quantization_config: quantise each tensor as soon as it is merged (torchao, bitsandbytes, ...).
+        offload_folder: where modules are written that are mapped to `disk`.
+        distributed_config: tensor parallelism under torchrun, as in transformers.
+        attn_implementation: as in transformers.
+        token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+        stream: as in `merge`.
+        **kwargs: fields of the recipe or parameters of the method, as in `merge`; what is neither is a keyword of
+            transformers' `from_pretrained` or an attribute of the model's config.
+
+    Returns:
+        The model, of the class that the base's config.json names. With `output_loading_info=True` also what
+        transformers says of the loading.
+
+    Raises:
+        RecipeError, SourceError, PlanError: before anything is read.
+        MergeError: there is no class for the model, or tensors do not fit it.
+    """
+    words = {
+        "device_map": device_map, "max_memory": max_memory, "quantization_config": quantization_config,
+        "offload_folder": offload_folder, "distributed_config": distributed_config,
+        "attn_implementation": attn_implementation,
+    }  # fmt: skip
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
+    given = {key: value for key, value in words.items() if value is not None}
+    return load_recipe(recipe, hub, dtype=dtype, **given, **kwargs)
+
+
+def load_recipe(recipe: Any, hub: Mapping[str, Any], *, name: str = "", auto_class: Any = None, **kwargs: Any) -> Any:
+    """Merge models into a `PreTrainedModel`; see `from_pretrained`.
+
+    Args:
+        recipe: what is merged.
+        hub: token, cache_dir, local_files_only, stream.
+        name: the model's `name_or_path`; that of the recipe if not given.
+        auto_class: the Auto class that chooses the model's class, if it is not the one that config.json names.
+        **kwargs: all other keywords of `from_pretrained`.
+    """
+    dtype = next((value for key in ("dtype", "torch_dtype") if (value := kwargs.pop(key, None)) is not None), "auto")
+    words = recipe_words()
+    changes = {key: kwargs.pop(key) for key in [*kwargs] if key in words}
+    if dtype != "auto":
+        changes["out_dtype"] = dtype  # which wins over all that a recipe says
+    made, sources = open_recipe(recipe, hub, **changes)
+    made.check()
+    return load(made, sources, name=name or _name_of(recipe, made), auto_class=auto_class, **kwargs)
+
+
+def open_recipe(recipe: Any, hub: Mapping[str, Any], **changes: Any) -> tuple[Plan, list[Source]]:
+    """Plan a recipe from headers; return the plan and its models, in its order."""
+    return _prepare(recipe, changes, "cpu", MAX_SHARD_SIZE, hub)
+
+
+def _name_of(recipe: Any, made: Plan) -> str:
+    """Return the path of a recipe, or else words that no one takes for a model's name."""
+    if isinstance(recipe, (str, os.PathLike)):
+        return os.fspath(recipe)
+    return f"{made.recipe.merge_method} of {', '.join(map(str, made.recipe.merged))}"
 
 
 def merge_state_dicts(

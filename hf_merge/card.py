@@ -44,6 +44,7 @@ def merged_card(
     template: str | Path | None = None,
     eval_results: Sequence[EvalResult] = (),
     compared: Compared | None = None,
+    how_to_load: str = "",
 ) -> ModelCard:
     """Render the card of a merged model.
 
@@ -55,6 +56,7 @@ def merged_card(
         template: path of a Jinja template to use instead of merged.md; it may extend or include ours by name.
         eval_results: how the merge did.
         compared: how other models did, by name; for the table.
+        how_to_load: code, if it is not loaded as a folder with weights is.
     """
     by_model = dict(zip(plan.models, sources, strict=True))
     parts = _parts(by_model)
@@ -79,7 +81,7 @@ def merged_card(
         fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))]),
         schedules=pictures(plan, [_called(model, by_model[model]) for model in plan.models]),
         evaluation=evaluation_table(eval_results, compared),
-        how_to_load=_how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
+        how_to_load=how_to_load or _how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
         has_local_models=any(part.public_id is None for _, part in parts),
         seed=plan.recipe.seed,
         versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),

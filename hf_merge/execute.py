@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event, local
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_merge.errors import ComputeError, MergeError
 from hf_merge.method import LAMBDA, get_method
 from hf_merge.planning import TILE, Plan, Step, compute_dtype, default_workers
-from hf_merge.types import Stack
+from hf_merge.types import Stack, TensorSpec
 
 Tensors = Mapping[str, Tensor]
 
@@ -63,13 +63,13 @@ def execute(
     def work(step: Step) -> None:
         if stop.is_set():
             return
-        for start, values in _pieces(plan, step, sources, scratch):
+        for start, values in _pieces(plan, step, sources, scratch, onto="cpu"):
             if stop.is_set():
                 return
             write(step.name, start, values)
 
     count = workers or default_workers()
-    with _kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
+    with kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
             _join([pool.submit(work, step) for step in steps])
         except BaseException:  # an error or Ctrl-C: what is queued ends at once
@@ -78,12 +78,38 @@ def execute(
             raise
 
 
-def compute(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
-    """Compute one whole tensor of a plan."""
+def compute(
+    plan: Plan, step: Step, sources: Sequence[Tensors], *, index: Any = ..., scratch: local | None = None
+) -> Tensor:
+    """Compute one tensor of a plan, or a part of it, and leave it on the step's device.
+
+    Args:
+        plan: what the step is of.
+        step: the tensor.
+        sources: the plan's models, in its order.
+        index: the part, as in `tensor[index]`. Where an entry depends on the same entry of the inputs alone, only
+            that part of them is read; else the whole is computed first.
+        scratch: keeps buffers of the calling thread from call to call.
+    """
+    if index is not ...:
+        return _part(plan, step, sources, index, scratch)
     merged = torch.empty(step.spec.shape, dtype=step.spec.dtype, device=step.device)
-    for start, values in _pieces(plan, step, sources, local()):
+    for start, values in _pieces(plan, step, sources, scratch or local(), onto=step.device):
         merged.view(-1)[start : start + values.numel()] = values.view(-1)
     return merged
+
+
+def _part(plan: Plan, step: Step, sources: Sequence[Tensors], index: Any, scratch: local | None) -> Tensor:
+    """Compute a part of a tensor, from the same part of its inputs where that is all it depends on."""
+    method = get_method(step.method) if step.method else None
+    alone = method and method.tiled(step.settings) and not method.reductions and not method.seeded
+    if not alone:
+        return compute(plan, step, sources, scratch=scratch)[index]
+    shape = torch.empty(step.spec.shape, device="meta")[index].shape
+    part = replace(step, spec=TensorSpec(tuple(shape), step.spec.dtype))
+    names = {(one.model, one.name) for one in step.reads}
+    cut = [{name: source[name][index] for place, name in names if place == i} for i, source in enumerate(sources)]
+    return compute(plan, part, cut, scratch=scratch)
 
 
 @dataclass
@@ -138,17 +164,27 @@ class _Inputs:
         return [buffer[:size] for buffer in mine[:count]]
 
 
-def _pieces(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index of the first element, values) for all of a step's tensor; errors name tensor and method."""
+def _pieces(
+    plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local, *, onto: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first element, values) for all of a step's tensor, on the device `onto`.
+
+    Errors name tensor and method.
+    """
     try:
-        yield from _agreed(plan, step, sources) if step.method is None else _merged(plan, step, sources, scratch)
+        if step.method is None:
+            yield 0, _agreed(plan, step, sources).to(onto).reshape(-1).contiguous()
+        else:
+            yield from _merged(plan, step, sources, scratch, onto)
     except (ArithmeticError, ValueError, RuntimeError, ComputeError) as error:
         if isinstance(error, MergeError) and not isinstance(error, ComputeError):
             raise
         raise ComputeError(f"'{step.name}' by '{step.method or 'copy'}': {error}.") from error
 
 
-def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) -> Iterator[tuple[int, Tensor]]:
+def _merged(
+    plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local, onto: str
+) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor of floats: reductions first, then tile by tile."""
     method = get_method(str(step.method))
     tiled = method.tiled(step.settings)
@@ -165,19 +201,19 @@ def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local) 
         merged = method.run(tile, reduced, step.settings)
         if method.space == "deltas" and tile.base is not None:
             merged = torch.add(tile.base, merged, alpha=step.settings[LAMBDA.name])
-        rounded = _rounded(merged, step.spec.dtype)
+        rounded = _rounded(merged, step.spec.dtype, onto)
         if not plan.recipe.allow_nonfinite and not _finite(rounded):
             raise ComputeError("the result has NaN or Inf; set allow_nonfinite: true to let it pass")
         yield tile.start, rounded
 
 
-def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the written dtype, on the CPU, in memory that no later tile reuses before it is written."""
-    return merged.detach().to("cpu", dtype).contiguous()
+def _rounded(merged: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """Round to the written dtype, in memory that no later tile reuses before it is written."""
+    return merged.detach().to(device, dtype).contiguous()
 
 
-def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Iterator[tuple[int, Tensor]]:
-    """Copy a tensor that is not a float, if all models have the same."""
+def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
+    """Return a tensor that is not a float, if all models have the same."""
     first, *others = [sources[one.model][one.name] for one in step.inputs]
     for source, other in zip(step.inputs[1:], others, strict=True):
         if first.dtype != other.dtype or not torch.equal(first, other.to(first.device)):
@@ -186,7 +222,7 @@ def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Iterator[tupl
                 f"{models} differ, and integers cannot be averaged; "
                 "choose one model's by a rule (merge_method: passthrough, models: [..])"
             )
-    yield 0, first.to("cpu").reshape(-1).contiguous()
+    return first
 
 
 def _finite(values: Tensor) -> bool:
@@ -204,7 +240,7 @@ def _join(futures: Sequence[Future[None]]) -> None:
 
 
 @contextmanager
-def _kept_threads() -> Iterator[None]:
+def kept_threads() -> Iterator[None]:
     """Leave torch's threads as they were. The workers use one each: they, not torch, use the cores, and a sum
     does not depend on their number."""
     threads = torch.get_num_threads()

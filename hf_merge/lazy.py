@@ -1,17 +1,26 @@
-"""A merge as a source: its tensors are computed when they are read."""
+"""Tensors that are merged when they are read: a merge as a source of another, and what from_pretrained is given."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from threading import Event, Lock, local
+from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from hf_merge.execute import compute
-from hf_merge.planning import Plan, working_memory
+from hf_merge.execute import compute, kept_threads
+from hf_merge.planning import Plan, default_workers, working_memory
 from hf_merge.sources.base import Source
+from hf_merge.types import DTYPE_NAMES, TensorSpec
 
 
 class LazyMerge(Source):
@@ -58,3 +67,111 @@ class LazyMerge(Source):
 
     def write_companions(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         self._sources[self.plan.donor].write_companions(folder, wanted)
+
+
+class MergedSlice:
+    """A tensor of a plan that does not exist yet, with the manners of a slice of a safetensors file.
+
+    transformers' loader asks for its shape, takes all of it or a part (`slice[...]`, `slice[0:8, :]`), and says by
+    `.to(device, dtype)` where it wants that: only then it is merged, there. A function of torch that gets one merges
+    it on the CPU first.
+
+    Args:
+        name: of the tensor.
+        spec: its shape and dtype.
+        merge: `merge(name, index, device)` returns it.
+        index: the part that this is.
+    """
+
+    def __init__(self, name: str, spec: TensorSpec, merge: Callable[[str, Any, Any], Tensor], index: Any = ...):
+        self._name, self._spec, self._merge, self._index = name, spec, merge, index
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """Return the dtype as safetensors writes it: `BF16`."""
+        return DTYPE_NAMES[self._spec.dtype]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.empty(self._spec.shape, device="meta")[self._index].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._spec.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return self._spec.dtype.is_floating_point
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the part; it is not merged yet."""
+        if self._index is not ...:
+            return self.to("cpu")[index]
+        return MergedSlice(self._name, self._spec, self._merge, index)
+
+    def to(self, device: Any = "cpu", dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        """Merge it on a device, and return it in another dtype if one is given."""
+        return self._merge(self._name, self._index, "cpu" if device is None else device).to(dtype or self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda one: one.to() if isinstance(one, cls) else one, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Mergers:
+    """Merges tensors of a plan on the devices where they are wanted, a few at a time on each.
+
+    How many is decided here, whoever asks: on the CPU as many as workers would, on an accelerator one. Use as a
+    context manager.
+
+    Args:
+        plan: what is merged.
+        sources: the plan's models, in its order.
+        stop: is set when it ends.
+    """
+
+    def __init__(self, plan: Plan, sources: Sequence[Source], stop: Event):
+        self._plan, self._sources, self._stop = plan, sources, stop
+        self._steps = {step.name: step for step in plan.steps}
+        self._pools: dict[torch.device, ThreadPoolExecutor] = {}
+        self._scratch, self._guard, self._ending = local(), Lock(), ExitStack()
+
+    def slices(self, names: Iterable[str]) -> dict[str, MergedSlice]:
+        """Return tensors that are merged when they are read."""
+        return {name: MergedSlice(name, self._steps[name].spec, self.merge) for name in names}
+
+    def merge(self, name: str, index: Any, device: Any) -> Tensor:
+        """Return a tensor, or a part of it, on a device."""
+        where = torch.device(device)
+        step = replace(self._steps[name], device=str(where))
+        work = self._pool(where).submit(compute, self._plan, step, self._sources, index=index, scratch=self._scratch)
+        return work.result()
+
+    def _pool(self, device: torch.device) -> ThreadPoolExecutor:
+        """Return the threads that work for a device; torch has one thread in each, as in `execute`."""
+        with self._guard:
+            if device not in self._pools:
+                count = default_workers() if device.type == "cpu" else 1
+                self._pools[device] = ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1))
+            return self._pools[device]
+
+    def __enter__(self) -> Mergers:
+        self._ending.enter_context(kept_threads())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
+        self._ending.close()

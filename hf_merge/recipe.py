@@ -25,6 +25,7 @@ modules:
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,6 +139,56 @@ class Recipe(Part):
         last = {key: value for key, value in _plain(self.to_dict()).items() if key != "stages"}
         return yaml.safe_dump_all([*documents, last], sort_keys=False, allow_unicode=True, default_flow_style=None)
 
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Path:
+        """Write a recipe repo: no weights, but all that the Auto classes need to merge the model when they load it.
+
+        After `import hf_merge`, `AutoModelForCausalLM.from_pretrained(folder)`, AutoTokenizer and `pipeline` take the
+        folder for a model. The commits of all models on the Hub are pinned. Of weights, headers are read.
+
+        Args:
+            folder: to make; an earlier recipe repo in it is replaced.
+            token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SourceError, PlanError, RecipeError: the recipe cannot be merged, or a model is an object in memory.
+            OutputError: there is something else in the folder.
+        """
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return _repo().save_recipe(self, folder, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Push a recipe repo to the Hub; see `save_pretrained`.
+
+        Args:
+            repo_id: `org/name`.
+            token: to read the models and to write the repo.
+            cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
+            **options: of `hf_merge.push_to_hub`: private, create_pr, revision, commit_message, exist_ok.
+
+        Raises:
+            RecipeError: it names models that only this machine has.
+        """
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return _repo().push_recipe(self, repo_id, hub=hub, token=token, **options)
+
     @property
     def parts(self) -> dict[str, Module]:
         """The recipe's modules; one without a name if it has none."""
@@ -174,6 +225,11 @@ class Recipe(Part):
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches a tensor."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+
+def _repo() -> Any:
+    """Return the module that writes recipe repos; it stands above this one, which only opens the door to it."""
+    return importlib.import_module("hf_merge.recipe_repo")
 
 
 def _renamed(value: Any, names: Mapping[Ref, ModelRef]) -> Any:

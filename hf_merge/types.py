@@ -102,6 +102,8 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 """The dtypes of safetensors files that torch has."""
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+"""How safetensors files write torch's dtypes."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, uint8
 
 from hf_merge.errors import OutputError, OutputExistsError
 from hf_merge.planning import Plan
-from hf_merge.types import SAFETENSORS_DTYPES, TensorSpec
+from hf_merge.types import DTYPE_NAMES, TensorSpec
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +38,6 @@ _LOCK = ".lock"
 CARRIED = ".carried"
 """What a carrier notes beside the files, so that a resumed run knows which are taken away already."""
 _MODEL_FILES = ("config.json", "modules.json", "model.safetensors", INDEX)
-_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def partial_folder(output: Path) -> Path:
@@ -283,7 +282,7 @@ class _Shard:
         end = 0
         for name in names:
             self.places[name], begin, end = end, end, end + specs[name].nbytes
-            dtype = _DTYPES[specs[name].dtype]
+            dtype = DTYPE_NAMES[specs[name].dtype]
             header[name.removeprefix(module)] = {
                 "dtype": dtype,
                 "shape": list(specs[name].shape),

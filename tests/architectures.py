@@ -263,8 +263,9 @@ _HEAD = """# Architectures
 
 hf_merge has no list of architectures: it merges the names of checkpoints. These classes are tested: tiny random models
 with `save_pretrained`'s names, merged by `linear` and `ties`, exact to the last bit but one, loaded without missing or
-unexpected weights, and run. Where the layout on disk is not the one in memory, models saved in one and the other are
-merged as well. Written by `python -m tests.architectures`; the tests check that it is current.
+unexpected weights, and run. Merged on load they are the same to the bit. Where the layout on disk is not the one in
+memory, models saved in one and the other are merged as well. Written by `python -m tests.architectures`; the tests
+check that it is current.
 
 | class | tensors | layout on disk | merges exactly |
 |---|---|---|---|
@@ -287,6 +288,20 @@ def check_other_layout(saved: Saved, root: Path) -> None:
         check_mean(saved, merged.path)
 
 
+def check_on_load(saved: Saved, merged: hf_merge.MergedModel) -> None:
+    """Require that a merge on load is the one on disk, to the bit, and is saved as that is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = hf_merge.from_pretrained(merged.plan.recipe, output_loading_info=True)
+        model.save_pretrained(merged.path / "again")
+    assert not any(info.values()), {kind: sorted(found)[:4] for kind, found in info.items() if found}
+    pairs = [(model.state_dict(), reload(saved, merged.path).state_dict())]
+    pairs += [(load_file(merged.path / "again" / "model.safetensors"), load_file(merged.path / "model.safetensors"))]
+    for found, wanted in pairs:
+        _same_layout(found, wanted)
+        assert not [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)]
+
+
 def document(rows: Mapping[str, str]) -> str:
     """Return docs/architectures.md."""
     listed = [rows.get(name) or f"| {name} | | | not tested: {UNTESTED[name]} |" for name in NAMES]
@@ -303,6 +318,7 @@ def checked_row(name: str, root: Path) -> str:
     check_mean(saved, merged.path)
     ties = hf_merge.merge(pair, root / "ties", method="ties", base_model=saved.folders["base"], density=density)
     check_ties(saved, ties.path, density=density)
+    check_on_load(saved, ties)
     return table_row(saved, merged.path)
 
 

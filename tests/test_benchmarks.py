@@ -13,7 +13,7 @@ def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
     places = ["--folder", str(tmp_path), "--json", str(tmp_path / "runs.json")]
     text = main([*numbers, *places, "--methods", ""])
     assert capsys.readouterr().out.strip() == text
-    table, slope, rows = (read_table(part) for part in text.split("\n\n"))
+    table, slope, rows, loading = (read_table(part) for part in text.split("\n\n"))
     assert list(table[0]) == list(COLUMNS) and list(slope[0]) == list(SLOPE_COLUMNS)
     assert [row["case"] for row in table] == ["import torch", "import hf_merge.api", "12 tiny tensors, 2"]
     assert all(float(row["wall / floor"]) > 0 for row in table[2:])
@@ -21,6 +21,7 @@ def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
     assert [row["time per tensor"] for row in slope[3:5]] == ["tiny tensors: last / first", "layers of 2 experts"]
     assert all(float(row["plan us / tensor"]) > 0 and float(row["merge us / tensor"]) > 0 for row in slope)
     assert [row["rows"] for row in rows] == ["500 x 896"] and float(rows[0]["gather / index_select"]) > 0
+    assert len(loading) == 4 and all(float(row["wall s"]) > 0 for row in loading)
     assert [case["case"] for case in json.loads((tmp_path / "runs.json").read_text())["cases"]] == [
         r["case"] for r in table
     ]

@@ -184,3 +184,91 @@ def test_jobs_are_still_asked_for_by_the_same_json_and_mounted_where_the_cache_l
     (folder / "config.json").write_text("{}")
     found = try_to_load_from_cache("org/a", "config.json", cache_dir=tmp_path, revision="0" * 40)
     assert found == str(folder / "config.json")
+
+
+def test_every_word_of_loading_is_still_read_by_from_pretrained():
+    import inspect
+
+    from transformers import PreTrainedModel
+
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    assert not [word for word in _compat.LOADING_WORDS if f'"{word}"' not in source and f"{word}=" not in source]
+
+
+def test_classes_are_still_found_by_name_and_by_auto_class(tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, LlamaModel
+
+    assert _compat.class_to_load({"architectures": ["LlamaForCausalLM"]}, tmp_path) is LlamaForCausalLM
+    assert _compat.class_to_load({}, tmp_path) is AutoModel
+    assert _compat.class_to_load({"architectures": ["NoSuch"]}, tmp_path) is None
+    config = small_config()
+    assert _compat.class_of_auto(AutoModelForCausalLM, config) == (LlamaForCausalLM, config)
+    assert _compat.class_of_auto(AutoModel, config) == (LlamaModel, config)
+    assert _compat.class_of_auto(AutoModelForImageClassification, config) == (None, config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("ViTForImageClassification", "AutoModelForImageClassification"),
+        ("BertModel", "AutoModel"),
+        ("NoSuch", "AutoModel"),
+    ],
+)
+def test_auto_classes_are_still_named(architecture, auto):
+    assert _compat.auto_class_name(architecture) == auto
+
+
+def test_configs_are_still_changed_by_attributes_and_say_what_is_none(tmp_path):
+    small_config().save_pretrained(tmp_path)
+    changes = {"use_cache": False, "nonsense": 1, "revision": "main"}
+    config, unknown = _compat.config_to_load(LlamaForCausalLM, tmp_path, changes)
+    assert config.use_cache is False and unknown == {"nonsense", "revision"}
+
+
+def test_generation_settings_are_still_read_from_old_configs(tmp_path):
+    config = json.loads(small_config().to_json_string())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_beams": 3}))
+    assert _compat.generation_config(tmp_path).num_beams == 3
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    assert _compat.generation_config(tmp_path).max_new_tokens == 7
+
+
+def test_tensors_are_still_asked_for_in_the_order_of_numbers():
+    assert _compat.loading_order(["layers.10.x", "layers.9.x"]) == ["layers.9.x", "layers.10.x"]
+
+
+def test_tokenizers_without_a_class_still_have_that_of_their_model_type(tmp_path):
+    assert _compat.tokenizer_class({"model_type": "bert"}, tmp_path) == "BertTokenizer"
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Own"}')
+    assert _compat.tokenizer_class({"model_type": "bert"}, tmp_path) is None
+
+
+def test_the_loader_still_asks_of_a_slice_no_more_than_ours_has(tmp_path, monkeypatch):
+    """The duck type of safetensors' slices that `MergedSlice` is; with tensor parallelism see test_on_load."""
+    asked = set()
+
+    class Slice:
+        """A slice of a safetensors file, and nothing else."""
+
+        def __init__(self, values):
+            self.values = values
+
+        def __getattribute__(self, name):
+            asked.add(name)
+            return object.__getattribute__(self, name)
+
+        def __getitem__(self, index):
+            return object.__getattribute__(self, "values")[index]
+
+    for model in (MixtralForCausalLM(small_mixtral()), LlamaForCausalLM(small_config())):
+        state = {name: Slice(tensor) for name, (_, tensor) in _compat.on_disk_layout(model).items()}
+        config = model.config
+        for device_map in (None, "cpu"):
+            words = {"config": config, "device_map": device_map, "dtype": torch.float32}
+            loaded = type(model).from_pretrained(None, state_dict=state, **words)
+            assert all(
+                torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True)
+            )
+    assert asked <= {"get_shape", "__class__"}, asked

@@ -128,3 +128,10 @@ def test_a_slash_in_a_name_is_no_folder(tmp_path):
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     out = hf_merge.merge(files, tmp_path / "m", method="linear")
     assert torch.equal(load_file(out.path / "model.safetensors")["encoder/kernel"], torch.full((2,), 2.0))
+
+
+def test_on_load_gives_the_transformer_and_says_what_it_leaves_out(dense, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("hf_merge.loading.logger.warning", lambda text, *words: told.append(text % words))
+    model = hf_merge.from_pretrained([dense["a"], dense["b"]], method="linear")
+    assert type(model).__name__ == "BertModel" and len(told) == 1 and "modules 2_Dense of" in told[0]
