@@ -60,10 +60,9 @@ def push_recipe(recipe: Recipe, repo_id: str, *, hub: Mapping[str, Any], **optio
             f"The recipe names what only this machine has: {', '.join(local)}. Push these models first and name them "
             "by their ids, or merge here and push the result."
         )
-    push: Any = hf_merge.push_to_hub  # type: ignore[attr-defined]
     with TemporaryDirectory() as folder:
         _write(Path(folder), made, sources, pinned, name=repo_id)
-        return push(folder, repo_id, **options)
+        return hf_merge.push_to_hub(folder, repo_id, **options)
 
 
 def _is_recipe_repo(folder: Path) -> bool:
