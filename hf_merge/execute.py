@@ -96,9 +96,26 @@ def execute(
 def compute(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
     """Compute one whole tensor of a plan, and leave it on the step's device."""
     merged = torch.empty(step.spec.shape, dtype=step.spec.dtype, device=step.device)
-    for start, values in _pieces(plan, step, sources, open_lane(step.device, own_stream=False)):
+    lane, error = open_lane(step.device, own_stream=False), ""
+    try:
+        return _filled(merged, _pieces(plan, step, sources, lane))
+    except torch.OutOfMemoryError as found:
+        error = str(found)
+    return _filled(merged, _pieces(plan, _on_cpu(step, lane, error), sources, Lane()))
+
+
+def _filled(merged: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> Tensor:
+    for start, values in pieces:
         merged.view(-1)[start : start + values.numel()] = values.view(-1)
     return merged
+
+
+def _on_cpu(step: Step, lane: Lane, error: str) -> Step:
+    """Plan a step for the CPU for which a device has no memory left."""
+    reason = error.partition(". ")[0].rstrip(".")
+    logger.warning("%s has no room for '%s', which is computed on the CPU instead: %s.", step.device, step.name, reason)
+    lane.release()
+    return replace(step, device="cpu")
 
 
 def _by_device(steps: Sequence[Step]) -> list[list[Step]]:
@@ -116,7 +133,7 @@ def _delivered(
     plan: Plan, step: Step, sources: Sequence[Tensors], lanes: Lanes, stop: Event
 ) -> Iterator[tuple[int, Tensor]]:
     """Compute a step on its device and bring it to the host; what does not fit there is done on the CPU instead."""
-    done, error = 0, None
+    done, error = 0, ""
     try:
         with lanes.working(step.device, memory_on_device(step), stop.is_set) as lane:
             for start, values in _pieces(plan, step, sources, lane):
@@ -125,11 +142,10 @@ def _delivered(
                     done = start + first + piece.numel()
             return
     except torch.OutOfMemoryError as found:
-        error = str(found).partition(". ")[0]
-    logger.warning("%s has no room for '%s', which is computed on the CPU instead: %s.", step.device, step.name, error)
-    lanes.release(step.device)
-    with lanes.working("cpu", memory_on_device(replace(step, device="cpu")), stop.is_set) as lane:
-        for start, values in _pieces(plan, replace(step, device="cpu"), sources, lane):
+        error = str(found)
+    step = _on_cpu(step, lanes.lane(step.device), error)
+    with lanes.working("cpu", memory_on_device(step), stop.is_set) as lane:
+        for start, values in _pieces(plan, step, sources, lane):
             if start + values.numel() > done:  # the rest was written before
                 first = max(start, done)
                 yield first, values.view(-1)[first - start :]

@@ -97,6 +97,10 @@ class Accelerator:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return torch.empty(size, dtype=torch.uint8)
 
+    def reaches(self, values: Tensor) -> bool:
+        """Tell whether a tensor lies on a device, this one or another, from which it comes without the host."""
+        return values.device.type != "cpu"
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Enqueue a copy on the current stream."""
         target.copy_(source, non_blocking=True)
@@ -158,7 +162,7 @@ class DeviceLane(Lane):
         return self._stream
 
     def load(self, target: Tensor, values: Tensor) -> None:
-        if values.device.type != "cpu":
+        if self._accelerator.reaches(values):
             target.copy_(values)
             return
         for start, part in _pieces(values):
@@ -228,10 +232,6 @@ class Lanes:
         if device not in lanes:
             lanes[device] = open_lane(device, own_stream=True)
         return lanes[device]
-
-    def release(self, device: str) -> None:
-        """Give the memory back that torch keeps on a device."""
-        self.lane(device).release()
 
     @contextmanager
     def working(self, device: str, size: int, given_up: Callable[[], bool]) -> Iterator[Lane]:

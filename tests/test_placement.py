@@ -91,7 +91,7 @@ def test_map_is_what_transformers_would_choose(device_map, tied, memory, tmp_pat
 @pytest.mark.parametrize("device_map", WORDS)
 @pytest.mark.parametrize("method", ["linear", "ties", "della"])
 def test_absent_gpus_each_tensor_has_one_device_and_budgets_hold(gpus, device_map, method, large):
-    memory = {i: "7GB" if gpus == 2 else "2.5GB" for i in range(gpus)} | {"cpu": "100GB"}
+    memory = dict.fromkeys(range(gpus), "7GB" if gpus == 2 else "2.5GB") | {"cpu": "100GB"}
     plan = large(method)
     made = place(plan, device_map, memory)
     assert [step.name for step in made.steps] == [step.name for step in plan.steps]
@@ -114,7 +114,7 @@ def test_tied_weights_that_are_stored_twice_stay_together(gpus, device_map):
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(plan.specs)
     config = {**json.loads(models[0].config.to_json_string()), "architectures": ["LlamaForCausalLM"]}
     for known in (config, {}):
-        made = place(replace(plan, config=known), device_map, {i: 60_000 for i in range(gpus)} | {"cpu": "1GB"})
+        made = place(replace(plan, config=known), device_map, dict.fromkeys(range(gpus), 60000) | {"cpu": "1GB"})
         devices = {step.name: step.device for step in made.steps}
         assert not known or devices["lm_head.weight"] == devices["model.embed_tokens.weight"]
         assert len(set(devices.values())) > 1
