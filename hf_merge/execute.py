@@ -132,7 +132,17 @@ def _one_thread() -> None:
 def _delivered(
     plan: Plan, step: Step, sources: Sequence[Tensors], lanes: Lanes, stop: Event
 ) -> Iterator[tuple[int, Tensor]]:
-    """Compute a step on its device and bring it to the host; what does not fit there is done on the CPU instead."""
+    """Compute a step on its device and bring what comes out to the host."""
+    lane = lanes.lane(step.device)
+    if lane.is_host and not lanes.is_bounded(step.device):
+        return _pieces(plan, step, sources, lane)
+    return _staged(plan, step, sources, lanes, stop)
+
+
+def _staged(
+    plan: Plan, step: Step, sources: Sequence[Tensors], lanes: Lanes, stop: Event
+) -> Iterator[tuple[int, Tensor]]:
+    """Compute a step when its device has room for it; what finds no memory there is done on the CPU instead."""
     done, error = 0, ""
     try:
         with lanes.working(step.device, memory_on_device(step), stop.is_set) as lane:

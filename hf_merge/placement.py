@@ -83,7 +83,8 @@ def _free_memory(devices: Iterable[str]) -> dict[str, int]:
     for device in sorted(devices):
         if device != "cpu":
             with contextlib.suppress(RuntimeError, AssertionError, ValueError):
-                found[device] = int(_SHARE * torch.accelerator.get_memory_info(device)[0])
+                unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+                found[device] = int(_SHARE * (torch.accelerator.get_memory_info(device)[0] + unused))
     return found
 
 

@@ -88,8 +88,8 @@ class Accelerator:
         return torch.Stream(self.device)
 
     def event(self) -> Any:
-        """Make an event, to be recorded on the current stream."""
-        return torch.Event(self.device)
+        """Make an event, to be recorded on the current stream; who awaits it leaves the core to others."""
+        return torch.Event(self.device, blocking=True)
 
     def host_memory(self, size: int) -> Tensor:
         """Allocate bytes that the device copies from and to by itself; plain ones where there are no such."""
@@ -177,9 +177,13 @@ class DeviceLane(Lane):
                 place.copy_(landed)
 
     def hold(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        held = [torch.empty(tensor.numel(), dtype=tensor.dtype, device=self.device) for tensor in tensors]
-        for target, values in zip(held, tensors, strict=True):
-            self.load(target, values)
+        return [self._held(tensor) for tensor in tensors]
+
+    def _held(self, values: Tensor) -> Tensor:
+        if values.device == self.device and self._accelerator.reaches(values):
+            return values
+        held = torch.empty(values.numel(), dtype=values.dtype, device=self.device)
+        self.load(held, values)
         return held
 
     def unload(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -232,6 +236,10 @@ class Lanes:
         if device not in lanes:
             lanes[device] = open_lane(device, own_stream=True)
         return lanes[device]
+
+    def is_bounded(self, device: str) -> bool:
+        """Tell whether a device has a budget."""
+        return device in self._budgets
 
     @contextmanager
     def working(self, device: str, size: int, given_up: Callable[[], bool]) -> Iterator[Lane]:

@@ -20,6 +20,8 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
 
 def divide_(tensor: Tensor, divisor: float) -> Tensor:
     """Divide in place, with the same bits on every device: given a plain number, CUDA would multiply by its inverse."""
+    if tensor.device.type == "cpu":
+        return tensor.div_(divisor)
     return tensor.div_(torch.full((), divisor, dtype=tensor.dtype, device=tensor.device))
 
 
