@@ -77,8 +77,8 @@ def _rows(options: argparse.Namespace, device: str) -> list[list[str]]:
         wall, least = median(walls), max(carried)
         rows.append([
             f"{method}, {len(plan.models)} models, {sum(s.spec.numel for s in plan.steps) / 1e9:.2f}B",
-            f"{plan.bytes_read / 1e9:.1f}", f"{plan.bytes_written / 1e9:.1f}", f"{wall:.2f}", f"{least:.2f}",
-            f"{wall / least:.2f}", f"{max(peaks) / 1e9:.2f}", f"{there:.2f}", f"{there / wall:.2f}",
+            f"{plan.bytes_read / 1e9:.1f}", f"{plan.bytes_written / 1e9:.1f}", f"{wall:.3g}", f"{least:.3g}",
+            f"{wall / least:.2f}", f"{max(peaks) / 1e9:.2f}", f"{there:.3g}", f"{there / wall:.2f}",
         ])  # fmt: skip
     return rows
 

@@ -88,8 +88,12 @@ class Accelerator:
         return torch.Stream(self.device)
 
     def event(self) -> Any:
-        """Make an event, to be recorded on the current stream; who awaits it leaves the core to others."""
+        """Make an event; who awaits it leaves the core to others."""
         return torch.Event(self.device, blocking=True)
+
+    def record(self, event: Any) -> None:
+        """Let an event follow what was enqueued on this device, which need not be the thread's current one."""
+        event.record(torch.accelerator.current_stream(self.device))
 
     def host_memory(self, size: int) -> Tensor:
         """Allocate bytes that the device copies from and to by itself; plain ones where there are no such."""
@@ -172,7 +176,7 @@ class DeviceLane(Lane):
             place = target[start : start + part.numel()]
             landed = place if place.dtype == part.dtype else torch.empty_like(staged, device=self.device)
             self._accelerator.copy(landed, staged)
-            slot.event.record()
+            self._accelerator.record(slot.event)
             if landed is not place:  # few bytes cross the bus, and the device widens them
                 place.copy_(landed)
 
@@ -195,7 +199,7 @@ class DeviceLane(Lane):
             slot = self._down.take()
             staged = slot.view(part)
             self._accelerator.copy(staged, part)
-            slot.event.record()
+            self._accelerator.record(slot.event)
             yield from _arrived(waiting)
             waiting = start, staged, slot
         yield from _arrived(waiting)

@@ -54,6 +54,9 @@ class Watched(staging.Accelerator):
     def event(self):
         return Moment(self)
 
+    def record(self, event):
+        event.record()
+
     def host_memory(self, size):
         memory = torch.empty(size, dtype=torch.uint8)
         self.mine.add(memory.untyped_storage().data_ptr())
@@ -317,6 +320,10 @@ def test_a_real_accelerator_is_opened_by_its_number(monkeypatch):
         target = torch.empty(3)
         opened.copy(target, torch.arange(3.0))
     opened.event().synchronize()
+    recorded = []
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"stream of {device}")
+    opened.record(type("Event", (), {"record": lambda self, stream: recorded.append(stream)})())
+    assert recorded == ["stream of cpu"]
     opened.release()
     assert opened.host_memory(5).numel() == 5 and target.tolist() == [0, 1, 2]
     lane = staging.open_lane("meta", own_stream=False)
