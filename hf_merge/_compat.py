@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -201,6 +202,40 @@ def vocabulary_tensors(module: Any) -> list[str]:
             ids = {id(p) for p in part.parameters() if p.shape[0] == rows}
             found += [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in ids]
     return list(dict.fromkeys(found))
+
+
+def module_devices(module: nn.Module, device_map: str, max_memory: Mapping[Any, int] | None) -> dict[str, int | str]:
+    """Return the map that `from_pretrained` would settle on: prefixes of names in memory, and their devices.
+
+    Args:
+        module: the model, without values.
+        device_map: auto, balanced, balanced_low_0 or sequential.
+        max_memory: bytes by device; of devices that need not be here.
+    """
+    from transformers.integrations.accelerate import _get_device_map
+
+    with quiet(), _muted("accelerate.utils.modeling"):  # which warns of every device that is not here
+        return dict(_get_device_map(module, device_map, max_memory and {**max_memory}, None))  # type: ignore[arg-type]
+
+
+def expanded(device_map: Mapping[str, int | str], names: Iterable[str]) -> dict[str, int | str]:
+    """Look tensors up in a device map, by their names in memory, as loading does."""
+    from transformers.integrations.accelerate import expand_device_map
+
+    found: dict[str, Any] = expand_device_map(dict(device_map), list(names))
+    return found
+
+
+@contextlib.contextmanager
+def _muted(logger: str) -> Iterator[None]:
+    """Let a library's logger tell errors only."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(before)
 
 
 def mxfp4_dequantizer() -> Any:

@@ -26,7 +26,7 @@ from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_read
 from hf_merge.lazy import LazyMerge
 from hf_merge.lineage import licence_problems, parts_of
 from hf_merge.loading import load, recipe_words
-from hf_merge.placement import DeviceMap, place
+from hf_merge.placement import DeviceMap, MaxMemory, check_devices, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.recipe import Recipe
@@ -150,6 +150,7 @@ def plan(
     recipe: Any,
     *,
     device_map: DeviceMap = "auto",
+    max_memory: MaxMemory | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -161,7 +162,7 @@ def plan(
 
     Args:
         recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
-        device_map: `auto`, a device, or prefixes of tensor names with devices.
+        device_map, max_memory: as in `merge`; with `max_memory`, of devices that need not be here.
         max_shard_size: of the output's files, in bytes or as `"5GB"`.
         token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
         stream: as in `merge`.
@@ -175,7 +176,7 @@ def plan(
         SourceError: a model cannot be read.
     """
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    return surveyed(*_prepare(recipe, changes, device_map, max_shard_size, read))
+    return surveyed(*_prepare(recipe, changes, (device_map, max_memory), max_shard_size, read))
 
 
 def merge(
@@ -191,6 +192,7 @@ def merge(
     overwrite: bool = False,
     resume: bool = False,
     device_map: DeviceMap = "auto",
+    max_memory: MaxMemory | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -217,7 +219,9 @@ def merge(
         private, create_pr, commit_message, exist_ok: of the push.
         overwrite: replace the model that is there, once the new one is whole.
         resume: take over the finished shards of an interrupted run of the same merge.
-        device_map: where tensors are computed: `auto`, a device, or prefixes of tensor names with devices.
+        device_map: where tensors are computed, in accelerate's words: `auto`, `balanced`, `balanced_low_0`,
+            `sequential`, a device, or prefixes of names of modules or tensors with devices; see docs/devices.md.
+        max_memory: what may be used of each device: `{0: "10GB", "cpu": "30GB"}`.
         max_shard_size: of the output's files, in bytes or as `"5GB"`.
         token, cache_dir, local_files_only: for models on the Hub, as everywhere in huggingface_hub.
         stream: read tensors of models on the Hub by range, and keep no weights in the cache; without it the files
@@ -241,8 +245,10 @@ def merge(
         {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok},
     )  # fmt: skip
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    made, sources = _prepare(recipe, changes, device_map, sys.maxsize if one_file else max_shard_size, read)
+    where = (device_map, max_memory)
+    made, sources = _prepare(recipe, changes, where, sys.maxsize if one_file else max_shard_size, read)
     made.check()
+    check_devices(step.device for step in made.steps)
     check_downloads(remote_reads(made, sources))
     _refuse_own_input(target, sources)
     name = target.name if destination is None else destination.repo_id
@@ -386,7 +392,7 @@ def load_recipe(recipe: Any, hub: Mapping[str, Any], *, name: str = "", auto_cla
 
 def open_recipe(recipe: Any, hub: Mapping[str, Any], **changes: Any) -> tuple[Plan, list[Source]]:
     """Plan a recipe from headers; return the plan and its models, in its order."""
-    return _prepare(recipe, changes, "cpu", MAX_SHARD_SIZE, hub)
+    return _prepare(recipe, changes, ("cpu", None), MAX_SHARD_SIZE, hub)
 
 
 def _name_of(recipe: Any, made: Plan) -> str:
@@ -414,7 +420,7 @@ def merge_state_dicts(
         MergeError: as `merge`.
     """
     changes = {"method": method, "base_model": base_model, **parameters}
-    made, sources = _prepare(models, changes, "cpu", MAX_SHARD_SIZE, {})
+    made, sources = _prepare(models, changes, ("cpu", None), MAX_SHARD_SIZE, {})
     made.check()
     merged = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in made.specs.items()}
 
@@ -430,7 +436,11 @@ def merge_state_dicts(
 
 
 def _prepare(
-    recipe: Any, changes: Mapping[str, Any], device_map: DeviceMap, max_shard_size: int | str, hub: Mapping[str, Any]
+    recipe: Any,
+    changes: Mapping[str, Any],
+    where: tuple[DeviceMap, MaxMemory | None],
+    max_shard_size: int | str,
+    hub: Mapping[str, Any],
 ) -> tuple[Plan, list[Source]]:
     """Recipe -> Sources -> Plan."""
     loaded = Recipe.load(recipe, **changes)
@@ -444,7 +454,7 @@ def _prepare(
     sources, found = _open(loaded, opened, hub)
     problems += [*found, *licence_problems(parts_of([*sources.values()]))]
     made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=problems)
-    return place(made, device_map), list(sources.values())
+    return place(made, *where), list(sources.values())
 
 
 def _open(
@@ -477,9 +487,11 @@ def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
         stop.set()
         writer.stop()
 
-    with bar, fetching(remote_reads(made, sources, writer.is_finished), stop):
+    reads = remote_reads(made, sources, writer.is_finished)
+    one_by_one = bool(reads) or writer.carrier is not None
+    with bar, fetching(reads, stop):
         bar.update(sum(made.specs[name].nbytes for name in finished))
-        execute(made, sources, write, skip=writer.is_finished, stopped=give_up)
+        execute(made, sources, write, skip=writer.is_finished, stopped=give_up, in_order=one_by_one)
         check_assumed(sources)
 
 

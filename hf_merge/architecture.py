@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -108,6 +108,35 @@ def disk_names(config: Mapping[str, Any]) -> dict[str, str]:
     live = {} if built is None else built.live
     several = Counter(live.values())
     return {inside: name for name, inside in live.items() if several[inside] == 1}
+
+
+def live_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Map names of a checkpoint to the parameters that they become, or become parts of; the unknown are left out."""
+    module = _compat.empty_model(config) if config else None
+    return {} if module is None else _compat.Conversion(module).live(names)
+
+
+def loaded_devices(
+    config: Mapping[str, Any], names: Iterable[str], device_map: str, max_memory: Mapping[int | str, int] | None
+) -> dict[str, int | str] | None:
+    """Return where `from_pretrained` would put each tensor of a checkpoint, in accelerate's words.
+
+    Args:
+        config: the content of config.json.
+        names: the checkpoint's tensors; those that the model has no place for are left out.
+        device_map: auto, balanced, balanced_low_0 or sequential.
+        max_memory: bytes by device; of devices that need not be here.
+
+    Returns:
+        None if transformers has no such class.
+    """
+    module = _compat.empty_model(config) if config else None
+    if module is None:
+        return None
+    devices = _compat.module_devices(module, device_map, max_memory)
+    live = _compat.Conversion(module).live(names)
+    found = _compat.expanded(devices, live.values())
+    return {name: found[inside] for name, inside in live.items()}
 
 
 DEPTHS = (

@@ -64,7 +64,13 @@ ChatTemplate = Annotated[
     str | None, Option("--chat-template", help="auto, alpaca, chatml, llama3, mistral, exaone, or a Jinja file.")
 ]
 Nonfinite = Annotated[bool, Option("--allow-nonfinite", help="Let NaN and Inf pass.")]
-DeviceMap = Annotated[str, Option("--device-map", help="Where to compute: auto, cpu, cuda:0, ...")]
+DeviceMap = Annotated[
+    str, Option("--device-map", help="Where to compute: auto, balanced, balanced_low_0, sequential, cpu, cuda:0, ...")
+]
+MaxMemory = Annotated[
+    list[str] | None,
+    Option("--max-memory", help="DEVICE=SIZE that may be used, as 0=10GB for the first accelerator. Repeatable."),
+]
 ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's files.")]
 Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
 CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
@@ -110,6 +116,7 @@ def merge(
     ] = False,
     resume: Annotated[bool, Option("--resume", help="Take over the finished shards of an interrupted run.")] = False,
     device_map: DeviceMap = "auto",
+    max_memory: MaxMemory = None,
     max_shard_size: ShardSize = "5GB",
     token: Token = None,
     cache_dir: CacheDir = None,
@@ -149,6 +156,7 @@ def merge(
         )
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
+        max_memory=_max_memory(max_memory),
         max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
         push_to_hub=push_to_hub, keep_local=keep_local, private=private or None, create_pr=create_pr,
         commit_message=commit_message, exist_ok=exist_ok, stream=stream, **changes,
@@ -198,6 +206,7 @@ def plan(
     chat_template: ChatTemplate = None,
     allow_nonfinite: Nonfinite = False,
     device_map: DeviceMap = "auto",
+    max_memory: MaxMemory = None,
     max_shard_size: ShardSize = "5GB",
     token: Token = None,
     cache_dir: CacheDir = None,
@@ -210,8 +219,9 @@ def plan(
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
     )  # fmt: skip
     made = hf_merge.plan(
-        _recipe(sources, method), device_map=device_map, max_shard_size=max_shard_size, token=token,
-        cache_dir=cache_dir, local_files_only=local_files_only, stream=stream, **changes,
+        _recipe(sources, method), device_map=device_map, max_memory=_max_memory(max_memory),
+        max_shard_size=max_shard_size, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+        stream=stream, **changes,
     )  # fmt: skip
     if out.mode.value == "json":
         out.dict(made.to_dict())
@@ -346,6 +356,13 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, yaml.safe_load(f"[{value}]" if "," in value and "[" not in value and "{" not in value else value)
     except yaml.YAMLError:
         raise click.UsageError(f"--parameter {name}: '{value}' is no value.") from None
+
+
+def _max_memory(said: list[str] | None) -> dict[int | str, int | str] | None:
+    """Read `0=10GB` and `cpu=30GB`."""
+    if said and (bad := [text for text in said if not all(text.partition("="))]):
+        raise click.UsageError(f"--max-memory takes DEVICE=SIZE, as 0=10GB or cpu=30GB; found '{bad[0]}'.")
+    return {device: size for device, _, size in (text.partition("=") for text in said)} if said else None
 
 
 def _recipe(sources: list[str], method: str | None) -> Any:

@@ -1,17 +1,19 @@
 """Plan -> tensors: the only module that computes on weights.
 
 Every step is computed in tiles where its method allows it, in float32 (float64 if a float64 takes part), and is
-rounded once, to the dtype that is written. The bytes do not depend on the number of workers.
+rounded once, to the dtype that is written. The bytes do not depend on the number of workers; docs/devices.md says how
+far they depend on the device.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from threading import Event, local
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +21,16 @@ from torch import Tensor
 
 from hf_merge.errors import ComputeError, MergeError
 from hf_merge.method import LAMBDA, get_method
-from hf_merge.planning import TILE, Plan, Step, compute_dtype, default_workers
+from hf_merge.planning import Plan, Step, compute_dtype, default_workers, memory_on_device
+from hf_merge.staging import Lane, Lanes, open_lane
 from hf_merge.types import Stack, TensorSpec
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
 
 _KEPT = 1 << 24  # bytes; fresh memory costs more than the arithmetic on it
+_LEAST_WORKERS = 2  # of a device among others: one that copies while another computes
 
 
 class Write(Protocol):
@@ -41,37 +47,46 @@ def execute(
     workers: int | None = None,
     skip: Callable[[str], bool] = lambda name: False,
     stopped: Callable[[], None] = lambda: None,
+    in_order: bool = False,
 ) -> None:
     """Compute every tensor of a plan, file by file, and hand it to `write`, tile by tile.
+
+    Every device has threads of its own, so that none waits for another; what `write` gets lies on the CPU, and is
+    valid until it returns.
 
     Args:
         plan: what to compute.
         sources: the plan's models, in its order.
         write: where the tiles go.
-        workers: threads; see `planning.default_workers`.
+        workers: threads; see `planning.default_workers`. Several devices share them, two at least for each.
         skip: names of tensors that are not needed.
         stopped: called when the rest is given up, so that no thread waits in `write`, or for a source, any longer.
+        in_order: begin no tensor before those that stand before it in the files are begun, whatever their devices:
+            for files that come or go one by one.
 
     Raises:
         ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
     """
     steps = [step for step in plan.by_file if not skip(step.name)]
     torch.empty(_KEPT, dtype=torch.uint8)  # never touched; once it is freed, glibc keeps freed blocks up to this size
-    scratch = local()
+    lanes = Lanes(plan.budgets)
     stop = Event()
 
     def work(step: Step) -> None:
         if stop.is_set():
             return
-        for start, values in _pieces(plan, step, sources, scratch, onto="cpu"):
+        for start, values in _delivered(plan, step, sources, lanes, stop):
             if stop.is_set():
                 return
             write(step.name, start, values)
 
+    queues = [steps] if in_order else _by_device(steps)
     count = workers or default_workers()
-    with kept_threads(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
+    each = count if len(queues) < 2 else max(_LEAST_WORKERS, count // len(queues))
+    with kept_threads(), ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(each, initializer=_one_thread)) for _ in queues]
         try:
-            _join([pool.submit(work, step) for step in steps])
+            _join([pool.submit(work, step) for pool, queue in zip(pools, queues, strict=True) for step in queue])
         except BaseException:  # an error or Ctrl-C: what is queued ends at once
             stop.set()
             stopped()
@@ -79,7 +94,7 @@ def execute(
 
 
 def compute(
-    plan: Plan, step: Step, sources: Sequence[Tensors], *, index: Any = ..., scratch: local | None = None
+    plan: Plan, step: Step, sources: Sequence[Tensors], *, index: Any = ..., lane: Lane | None = None
 ) -> Tensor:
     """Compute one tensor of a plan, or a part of it, and leave it on the step's device.
 
@@ -89,27 +104,87 @@ def compute(
         sources: the plan's models, in its order.
         index: the part, as in `tensor[index]`. Where an entry depends on the same entry of the inputs alone, only
             that part of them is read; else the whole is computed first.
-        scratch: keeps buffers of the calling thread from call to call.
+        lane: the calling thread's way to the step's device, which keeps buffers from call to call.
     """
     if index is not ...:
-        return _part(plan, step, sources, index, scratch)
+        return _part(plan, step, sources, index, lane)
     merged = torch.empty(step.spec.shape, dtype=step.spec.dtype, device=step.device)
-    for start, values in _pieces(plan, step, sources, scratch or local(), onto=step.device):
-        merged.view(-1)[start : start + values.numel()] = values.view(-1)
-    return merged
+    lane, error = lane or open_lane(step.device, own_stream=False), ""
+    try:
+        return _filled(merged, _pieces(plan, step, sources, lane))
+    except torch.OutOfMemoryError as found:
+        error = str(found)
+    return _filled(merged, _pieces(plan, _on_cpu(step, lane, error), sources, Lane()))
 
 
-def _part(plan: Plan, step: Step, sources: Sequence[Tensors], index: Any, scratch: local | None) -> Tensor:
+def _part(plan: Plan, step: Step, sources: Sequence[Tensors], index: Any, lane: Lane | None) -> Tensor:
     """Compute a part of a tensor, from the same part of its inputs where that is all it depends on."""
     method = get_method(step.method) if step.method else None
     alone = method and method.tiled(step.settings) and not method.reductions and not method.seeded
     if not alone:
-        return compute(plan, step, sources, scratch=scratch)[index]
+        return compute(plan, step, sources, lane=lane)[index]
     shape = torch.empty(step.spec.shape, device="meta")[index].shape
     part = replace(step, spec=TensorSpec(tuple(shape), step.spec.dtype))
     names = {(one.model, one.name) for one in step.reads}
     cut = [{name: source[name][index] for place, name in names if place == i} for i, source in enumerate(sources)]
-    return compute(plan, part, cut, scratch=scratch)
+    return compute(plan, part, cut, lane=lane)
+
+
+def _filled(merged: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> Tensor:
+    for start, values in pieces:
+        merged.view(-1)[start : start + values.numel()] = values.view(-1)
+    return merged
+
+
+def _on_cpu(step: Step, lane: Lane, error: str) -> Step:
+    """Plan a step for the CPU for which a device has no memory left."""
+    reason = error.partition(". ")[0].rstrip(".")
+    logger.warning("%s has no room for '%s', which is computed on the CPU instead: %s.", step.device, step.name, reason)
+    lane.release()
+    return replace(step, device="cpu")
+
+
+def _by_device(steps: Sequence[Step]) -> list[list[Step]]:
+    queues: dict[str, list[Step]] = {}
+    for step in steps:
+        queues.setdefault(step.device, []).append(step)
+    return list(queues.values())
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _delivered(
+    plan: Plan, step: Step, sources: Sequence[Tensors], lanes: Lanes, stop: Event
+) -> Iterator[tuple[int, Tensor]]:
+    """Compute a step on its device and bring what comes out to the host."""
+    lane = lanes.lane(step.device)
+    if lane.is_host and not lanes.is_bounded(step.device):
+        return _pieces(plan, step, sources, lane)
+    return _staged(plan, step, sources, lanes, stop)
+
+
+def _staged(
+    plan: Plan, step: Step, sources: Sequence[Tensors], lanes: Lanes, stop: Event
+) -> Iterator[tuple[int, Tensor]]:
+    """Compute a step when its device has room for it; what finds no memory there is done on the CPU instead."""
+    done, error = 0, ""
+    try:
+        with lanes.working(step.device, memory_on_device(step), stop.is_set) as lane:
+            for start, values in _pieces(plan, step, sources, lane):
+                for first, piece in lane.unload(values):
+                    yield start + first, piece
+                    done = start + first + piece.numel()
+            return
+    except torch.OutOfMemoryError as found:
+        error = str(found)
+    step = _on_cpu(step, lanes.lane(step.device), error)
+    with lanes.working("cpu", memory_on_device(step), stop.is_set) as lane:
+        for start, values in _pieces(plan, step, sources, lane):
+            if start + values.numel() > done:  # the rest was written before
+                first = max(start, done)
+                yield first, values.view(-1)[first - start :]
 
 
 @dataclass
@@ -122,21 +197,21 @@ class _Inputs:
     deltas: bool
     whole: bool
     step: Step
-    scratch: local
+    lane: Lane
     check: bool
 
     def __iter__(self) -> Iterator[Stack]:
         numel = self.step.spec.numel
-        size = max(numel, 1) if self.whole else TILE
+        size = max(numel, 1) if self.whole else self.lane.tile
         for start in range(0, numel, size):
             yield self._load(start, min(size, numel - start))
         self.check = False  # all of it has been seen: later passes need not look again
 
     def _load(self, start: int, size: int) -> Stack:
-        """Copy a tile of every input into kept buffers, in the dtype of the arithmetic."""
+        """Copy a tile of every input into buffers on the device, in the dtype of the arithmetic."""
         buffers = self._buffers(size)
         for buffer, tensor, label in zip(buffers, [*self.models, *self._base_list()], self.labels, strict=True):
-            buffer.copy_(tensor[start : start + size])
+            self.lane.load(buffer, tensor[start : start + size])
             if self.check and not _finite(buffer):
                 raise ComputeError(f"{label} has NaN or Inf in this tensor; set allow_nonfinite: true to let it pass")
         base = None if self.base is None else buffers[-1]
@@ -151,69 +226,64 @@ class _Inputs:
         return [] if self.base is None else [self.base]
 
     def _buffers(self, size: int) -> list[Tensor]:
-        """Return this thread's buffers: fresh memory costs more than the arithmetic."""
-        count = len(self.models) + (self.base is not None)
-        dtype = compute_dtype([t.dtype for t in [*self.models, *self._base_list()]] + [self.step.spec.dtype])
-        key = (dtype, self.step.device)
-        kept: dict[object, list[Tensor]] = self.scratch.__dict__.setdefault("buffers", {})
-        if self.whole:
-            return [torch.empty(size, dtype=dtype, device=self.step.device) for _ in range(count)]
-        mine = kept.setdefault(key, [])
-        while len(mine) < count:
-            mine.append(torch.empty(TILE, dtype=dtype, device=self.step.device))
-        return [buffer[:size] for buffer in mine[:count]]
+        tensors = [*self.models, *self._base_list()]
+        dtype = compute_dtype([t.dtype for t in tensors] + [self.step.spec.dtype])
+        return self.lane.buffers(len(tensors), size, dtype)
 
 
-def _pieces(
-    plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local, *, onto: str
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index of the first element, values) for all of a step's tensor, on the device `onto`.
+def _pieces(plan: Plan, step: Step, sources: Sequence[Tensors], lane: Lane) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first element, values) for all of a step's tensor, where it was computed.
 
     Errors name tensor and method.
     """
     try:
-        if step.method is None:
-            yield 0, _agreed(plan, step, sources).to(onto).reshape(-1).contiguous()
-        else:
-            yield from _merged(plan, step, sources, scratch, onto)
+        yield from _agreed(plan, step, sources) if step.method is None else _merged(plan, step, sources, lane)
     except (ArithmeticError, ValueError, RuntimeError, ComputeError) as error:
         if isinstance(error, MergeError) and not isinstance(error, ComputeError):
             raise
+        if not lane.is_host and _ran_out(error):  # the CPU has room
+            raise torch.OutOfMemoryError(str(error)) from error
         raise ComputeError(f"'{step.name}' by '{step.method or 'copy'}': {error}.") from error
 
 
-def _merged(
-    plan: Plan, step: Step, sources: Sequence[Tensors], scratch: local, onto: str
-) -> Iterator[tuple[int, Tensor]]:
+def _ran_out(error: Exception) -> bool:
+    """Tell whether a device has no memory left; its libraries say so in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], lane: Lane) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor of floats: reductions first, then tile by tile."""
     method = get_method(str(step.method))
     tiled = method.tiled(step.settings)
-    flat = [sources[one.model][one.name].reshape(-1) for one in step.reads]
+    flat: Sequence[Tensor] = [sources[one.model][one.name].reshape(-1) for one in step.reads]
+    several = tiled and step.spec.numel > lane.tile
+    if several and method.reductions:
+        flat = lane.hold(flat)
     models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
     labels = [str(plan.models[one.model]) for one in step.reads]
     inputs = _Inputs(
-        models, base, labels, method.space == "deltas", not tiled, step, scratch,
+        models, base, labels, method.space == "deltas", not tiled, step, lane,
         not plan.recipe.allow_nonfinite,
     )  # fmt: skip
-    tiles = inputs if tiled and step.spec.numel > TILE else list(inputs)
+    tiles = inputs if several else list(inputs)
     reduced = method.reduce(tiles, step.settings)
     for tile in tiles:
         merged = method.run(tile, reduced, step.settings)
         if method.space == "deltas" and tile.base is not None:
             merged = torch.add(tile.base, merged, alpha=step.settings[LAMBDA.name])
-        rounded = _rounded(merged, step.spec.dtype, onto)
+        rounded = _rounded(merged, step.spec.dtype)
         if not plan.recipe.allow_nonfinite and not _finite(rounded):
             raise ComputeError("the result has NaN or Inf; set allow_nonfinite: true to let it pass")
         yield tile.start, rounded
 
 
-def _rounded(merged: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """Round to the written dtype, in memory that no later tile reuses before it is written."""
-    return merged.detach().to(device, dtype).contiguous()
+def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the written dtype, flat, in memory that no later tile reuses before it is written."""
+    return merged.detach().to(dtype).contiguous().view(-1)
 
 
-def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
-    """Return a tensor that is not a float, if all models have the same."""
+def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Iterator[tuple[int, Tensor]]:
+    """Copy a tensor that is not a float, if all models have the same."""
     first, *others = [sources[one.model][one.name] for one in step.inputs]
     for source, other in zip(step.inputs[1:], others, strict=True):
         if first.dtype != other.dtype or not torch.equal(first, other.to(first.device)):
@@ -222,7 +292,7 @@ def _agreed(plan: Plan, step: Step, sources: Sequence[Tensors]) -> Tensor:
                 f"{models} differ, and integers cannot be averaged; "
                 "choose one model's by a rule (merge_method: passthrough, models: [..])"
             )
-    return first
+    yield 0, first.to("cpu").reshape(-1).contiguous()
 
 
 def _finite(values: Tensor) -> bool:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hf_merge.execute import compute, kept_threads
-from hf_merge.planning import Plan, default_workers, working_memory
+from hf_merge.planning import Plan, Step, default_workers, working_memory
 from hf_merge.sources.base import Source
+from hf_merge.staging import open_lane
 from hf_merge.types import DTYPE_NAMES, TensorSpec
 
 
@@ -143,7 +144,7 @@ class Mergers:
         self._plan, self._sources, self._stop = plan, sources, stop
         self._steps = {step.name: step for step in plan.steps}
         self._pools: dict[torch.device, ThreadPoolExecutor] = {}
-        self._scratch, self._guard, self._ending = local(), Lock(), ExitStack()
+        self._mine, self._guard, self._ending = local(), Lock(), ExitStack()
 
     def slices(self, names: Iterable[str]) -> dict[str, MergedSlice]:
         """Return tensors that are merged when they are read."""
@@ -153,8 +154,13 @@ class Mergers:
         """Return a tensor, or a part of it, on a device."""
         where = torch.device(device)
         step = replace(self._steps[name], device=str(where))
-        work = self._pool(where).submit(compute, self._plan, step, self._sources, index=index, scratch=self._scratch)
-        return work.result()
+        return self._pool(where).submit(self._compute, step, index).result()
+
+    def _compute(self, step: Step, index: Any) -> Tensor:
+        """Compute in a thread that keeps its way to its device, buffers and all."""
+        if not hasattr(self._mine, "lane"):
+            self._mine.lane = open_lane(step.device, own_stream=False)
+        return compute(self._plan, step, self._sources, index=index, lane=self._mine.lane)
 
     def _pool(self, device: torch.device) -> ThreadPoolExecutor:
         """Return the threads that work for a device; torch has one thread in each, as in `execute`."""

@@ -27,6 +27,9 @@ SINGLE_FILE = "model.safetensors"
 TILE = 1 << 18
 """Elements that an elementwise method sees at a time: small enough for the caches, large enough for torch."""
 
+DEVICE_TILE = 1 << 24
+"""The same on an accelerator: large enough that starting its kernels costs nothing beside their arithmetic."""
+
 RATES = {"network": 100e6, "disk": 1e9}
 """Bytes a second that estimates of time take for granted."""
 
@@ -166,6 +169,7 @@ class Plan:
         peak_memory: bytes of working memory, an upper estimate.
         facts: what is known of every model, if `hf_merge.plan` was asked.
         seconds: estimates of what takes time, by what takes it: `network`, `disk`, `arithmetic`.
+        budgets: bytes of working memory that all tensors together may take at a time, by device; no bound for others.
     """
 
     recipe: Recipe
@@ -180,6 +184,7 @@ class Plan:
     stacks: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     facts: tuple[ModelFacts, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    budgets: Mapping[str, int] = field(default_factory=dict)
 
     def layers(self, name: Callable[[Ref], str] = str) -> list[str]:
         """Say where rearranged layers come from: `model.layers: 48, like 0-23 of org/a, 8-31 of org/b`."""
@@ -246,6 +251,7 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "peak_memory": self.peak_memory,
+            "budgets": dict(self.budgets),
             "bytes_downloaded": self.bytes_downloaded,
             "seconds": dict(self.seconds),
             "facts": [vars(fact) for fact in self.facts],
@@ -253,22 +259,35 @@ class Plan:
         }
 
     def fingerprint(self) -> str:
-        """Identify what will be written: two plans of the same fingerprint lay out the same files."""
+        """Identify what will be written, wherever it is computed: plans of the same fingerprint make the same files."""
         content = {key: value for key, value in self.to_dict().items() if key in ("recipe", "tensors", "shards")}
+        content["tensors"] = [{**step, "device": None} for step in content["tensors"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __str__(self) -> str:
         return "\n".join(_describe(self))
 
 
-def working_memory(step: Step) -> int:
-    """Estimate the bytes that computing a step takes beside its inputs and its output."""
+def working_memory(step: Step, tile: int = TILE) -> int:
+    """Estimate the bytes that computing a step in tiles of so many elements takes beside its inputs and its output."""
     if step.method is None:
         return 0
-    elements = min(step.spec.numel, TILE) if get_method(step.method).tiled(step.settings) else step.spec.numel
-    held = len(step.inputs) + (step.base is not None)
+    elements = min(step.spec.numel, tile) if get_method(step.method).tiled(step.settings) else step.spec.numel
     temporaries = 2 * len(step.inputs) + 4
-    return elements * (held + temporaries) * compute_dtype([step.spec.dtype]).itemsize
+    return elements * (len(step.reads) + temporaries) * compute_dtype([step.spec.dtype]).itemsize
+
+
+def memory_on_device(step: Step) -> int:
+    """Estimate the bytes that computing a step takes on its device: inputs and temporaries, in float32 or float64.
+
+    An accelerator holds the inputs of a method that reads them several times, so that they cross the bus once.
+    """
+    if step.method is None or torch.device(step.device).type == "cpu":
+        return working_memory(step)
+    method, numel = get_method(step.method), step.spec.numel
+    several = method.reductions and method.tiled(step.settings) and numel > DEVICE_TILE
+    held = len(step.reads) * numel * compute_dtype([step.spec.dtype]).itemsize if several else 0
+    return working_memory(step, DEVICE_TILE) + held
 
 
 def default_workers() -> int:
@@ -316,9 +335,7 @@ def _describe(plan: Plan) -> Iterator[str]:
         "read": format_bytes(plan.bytes_read),
         "write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",
         "memory": f"about {format_bytes(plan.peak_memory)} of working memory",
-        "devices": ", ".join(
-            f"{device}: {count} tensors" for device, count in Counter(s.device for s in plan.steps).items()
-        ),
+        "devices": ", ".join(_devices_in_words(plan)),
         **({"time": _time_in_words(plan.seconds)} if plan.seconds else {}),
         "problems": "none" if not plan.problems else str(len(plan.problems)),
     }
@@ -327,6 +344,14 @@ def _describe(plan: Plan) -> Iterator[str]:
     if plan.facts:
         yield "  sources:"
         yield from (f"    {fact}" for fact in plan.facts)
+
+
+def _devices_in_words(plan: Plan) -> Iterator[str]:
+    """Yield for each device what it computes, and how much of it may be used: `cuda:0: 3 tensors, 2 GB within 9 GB`."""
+    for device in dict.fromkeys(step.device for step in plan.steps):
+        sizes = [step.spec.nbytes for step in plan.steps if step.device == device]
+        budget = f" within {format_bytes(plan.budgets[device])}" if device in plan.budgets else ""
+        yield f"{device}: {len(sizes)} tensors, {format_bytes(sum(sizes))}{budget}"
 
 
 def _time_in_words(seconds: Mapping[str, float]) -> str:

@@ -40,3 +40,18 @@ def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
 def read_table(markdown: str) -> list[dict[str, str]]:
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_benchmark_of_a_device_says_where_there_is_none_and_runs_anywhere(capsys):
+    from benchmarks import device
+
+    if device._first_accelerator() is None:
+        assert device.main([]) == "There is no GPU."
+    text = device.main(["--device", "cpu", "--hidden", "64", "--layers", "2", "--runs", "1"])
+    rows = read_table(text)
+    assert list(rows[0]) == list(device.COLUMNS) and [row["case"].split(",")[0] for row in rows] == [
+        "linear", "ties", "slerp"
+    ]  # fmt: skip
+    assert [row["case"].split(",")[1] for row in rows] == [" 2 models", " 3 models", " 2 models"]
+    assert all(float(row["wall s"]) > 0 for row in rows)
+    assert text in capsys.readouterr().out

@@ -105,6 +105,17 @@ def test_conversion_tables_still_go_both_ways_and_cut_without_copies():
     assert torch.equal(tables.to_memory(parts)[live], fused)
 
 
+def test_device_maps_are_still_inferred_for_devices_that_are_not_here(caplog):
+    config = {**small_config(tie_word_embeddings=True).to_dict(), "architectures": ["LlamaForCausalLM"]}
+    module = _compat.empty_model(config)
+    assert module is not None
+    found = _compat.module_devices(module, "auto", {0: 60_000, 1: 60_000, "cpu": 10**6})
+    assert found["model.embed_tokens"] == found["lm_head"] == 0 and found["model.layers.0"] == 1
+    names = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    assert _compat.expanded(found, names) == dict(zip(names, [1, "cpu"], strict=True))
+    assert not caplog.records
+
+
 def test_infinite_numbers_of_a_config_are_still_decoded():
     from transformers import Mamba2Config, Mamba2ForCausalLM
 

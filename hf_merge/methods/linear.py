@@ -1,7 +1,7 @@
 """Weighted average of models (model soups)."""
 
 from hf_merge.method import merge_method
-from hf_merge.ops.combine import weighted_sum
+from hf_merge.ops.combine import divide_, weighted_sum
 from hf_merge.types import Merged, Models, Number, PerModel, each
 
 
@@ -19,4 +19,4 @@ def linear(models: Models, *, weight: PerModel[Number] = each(1.0), normalize: b
     if abs(divisor) < 1e-8:
         raise ValueError("the weights sum to 0: change them, or set normalize: false")
     total = weighted_sum(models, weight)
-    return total if divisor == 1 else total.div_(divisor)
+    return total if divisor == 1 else divide_(total, divisor)

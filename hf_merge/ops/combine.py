@@ -18,6 +18,13 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     return total
 
 
+def divide_(tensor: Tensor, divisor: float) -> Tensor:
+    """Divide in place, with the same bits on every device: given a plain number, CUDA would multiply by its inverse."""
+    if tensor.device.type == "cpu":
+        return tensor.div_(divisor)
+    return tensor.div_(torch.full((), divisor, dtype=tensor.dtype, device=tensor.device))
+
+
 def exact_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     """Return the weighted sum, rounded once: for weights that are large and cancel one another."""
     total = tensors[0].to(torch.float64, copy=True).mul_(weight[0]) if len(tensors) > 1 else tensors[0] * weight[0]
@@ -30,7 +37,7 @@ def linear_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize:
     """Return the weighted sum; with `normalize` divided by the sum of the weights (by 1 where that is below 1e-8)."""
     total = weighted_sum(tensors, weight)
     divisor = sum(weight)
-    return total.div_(divisor) if normalize and abs(divisor) >= 1e-8 and divisor != 1 else total
+    return divide_(total, divisor) if normalize and abs(divisor) >= 1e-8 and divisor != 1 else total
 
 
 def disjoint_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize: bool) -> Tensor:

@@ -64,7 +64,7 @@ def inner_products(
         dim: run of entries that is one vector; all of them if not given.
 
     Returns:
-        Shape (n, n), or (n, n, ...) where the tensor's shape follows with 1 in place of `dim`.
+        On the CPU, shape (n, n), or (n, n, ...) where the tensor's shape follows with 1 in place of `dim`.
     """
     total, n = torch.zeros(0, dtype=torch.float64), 0
     for tile in tiles:
@@ -72,7 +72,7 @@ def inner_products(
         pairs = {(i, j): _product(wide[i], wide[j], dim) for i in range(n) for j in range(i + 1)}
         found = torch.stack([pairs[max(i, j), min(i, j)] for i in range(n) for j in range(n)])
         total = total + found if len(total) else found
-    return total.view(n, n, *total.shape[1:])
+    return total.cpu().view(n, n, *total.shape[1:])
 
 
 def _product(a: Tensor, b: Tensor, dim: int | None) -> Tensor:

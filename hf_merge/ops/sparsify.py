@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_merge.ops.combine import weighted_sum
+from hf_merge.ops.combine import divide_, weighted_sum
 from hf_merge.ops.random import bernoulli
 from hf_merge.types import Stack, Tiles
 
@@ -211,8 +211,8 @@ def rank_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
     if dim < 0 or delta.shape[dim] < 2:
         return torch.full_like(delta, density)
     length = delta.shape[dim]
-    ladder = torch.linspace(density - epsilon, density + epsilon, length, dtype=delta.dtype, device=delta.device)
-    ladder = ladder.view(-1, *[1] * (delta.dim() - dim - 1)).expand(delta.shape)
+    ladder = torch.linspace(density - epsilon, density + epsilon, length, dtype=delta.dtype)  # devices round it apart
+    ladder = ladder.to(delta.device).view(-1, *[1] * (delta.dim() - dim - 1)).expand(delta.shape)
     return torch.empty_like(delta).scatter_(dim, magnitude_bits(delta).argsort(dim=dim, stable=True), ladder)
 
 
@@ -254,8 +254,8 @@ def variance_threshold(tiles: Tiles, *, select_topk: float) -> Threshold:
 def variance(tensors: Sequence[Tensor]) -> Tensor:
     """Return the population variance of each entry over the models."""
     ones = [1.0] * len(tensors)
-    mean = weighted_sum(tensors, ones).div_(len(tensors))
-    return weighted_sum([(tensor - mean).square_() for tensor in tensors], ones).div_(len(tensors))
+    mean = divide_(weighted_sum(tensors, ones), len(tensors))
+    return divide_(weighted_sum([(tensor - mean).square_() for tensor in tensors], ones), len(tensors))
 
 
 def keep_varying(deltas: Stack, cut: Threshold) -> Sequence[Tensor]:
