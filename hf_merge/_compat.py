@@ -335,3 +335,10 @@ def uploaded_file(path: str, *, sha256: str, size: int, is_committed: bool = Fal
     addition._upload_mode, addition._is_uploaded, addition._should_ignore = "lfs", True, False
     addition._remote_oid = sha256 if is_committed else None
     return addition
+
+
+def default_store() -> Any:
+    """Return the key-value store of torch.distributed's default group; None if its backend has none."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
