@@ -526,6 +526,8 @@ class Ranks(Team):
 
     def abandon(self, error: BaseException | None) -> None:
         self._leaving = True
+        if self.failure is not None and self.failure.rank < 0:
+            return
         with suppress(RuntimeError):
             if self.failure is None:
                 self._tell(self._cause(error))
@@ -538,11 +540,12 @@ class Ranks(Team):
         """Wait for the others and raise what ended all, in the words that all use."""
         global _speaks
         self.abandon(error)
-        with suppress(RuntimeError):
-            self._store.set(f"stopped/{self.rank}", "")
-            self._stopped(2 * GRACE)
         failure = self.failure or self._lost()
-        _speaks = self.rank == min({self.rank, *self._living()} - ({failure.rank} if failure.is_dead else set()))
+        with suppress(RuntimeError):
+            if failure.rank >= 0:
+                self._store.set(f"stopped/{self.rank}", "")
+                self._stopped(2 * GRACE)
+        _speaks = self._is_first_alive(failure)
         if isinstance(error, KeyboardInterrupt):
             return
         is_mine = failure.rank == self.rank or failure.text.endswith(f": {error}")  # or it failed here in the same way
@@ -552,6 +555,15 @@ class Ranks(Team):
             error.args = (failure.text, *error.args[1:])
         else:
             error.add_note(f"This was rank {self.rank} of {self.world}.")
+
+    def _is_first_alive(self, failure: Failure) -> bool:
+        """Tell whether this process speaks for all; if they cannot reach each other, each may have to."""
+        if failure.rank < 0:
+            return self.leads or not is_launched()
+        dead = {failure.rank} if failure.is_dead else set()
+        now = time.monotonic()
+        living = {rank for rank, (_, when) in self._beats.items() if now - when < _SILENCE}
+        return self.rank == min({self.rank, *living} - dead)
 
     def _stopped(self, seconds: float, but: int = -1) -> None:
         """Wait until nobody writes any more; not for the dead, and not for ever."""
@@ -636,10 +648,6 @@ class Ranks(Team):
         elif dead := [rank for rank, (_, when) in self._beats.items() if now - when > PATIENCE]:
             self._tell(self._dead(dead[0]))
 
-    def _living(self) -> list[int]:
-        now = time.monotonic()
-        return [rank for rank, (_, when) in self._beats.items() if now - when < _SILENCE]
-
     # --- signals and bars
 
     def _take_signals(self) -> None:
@@ -688,8 +696,9 @@ def launch(processes: int, *command: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    pylogging.getLogger("torch.distributed.elastic").setLevel(pylogging.CRITICAL)  # the processes say what is wrong
+    pylogging.disable(pylogging.ERROR)  # of the launcher: the processes say themselves what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ[_PARENT] = str(os.getpid())
