@@ -1,4 +1,4 @@
-"""Every private import from the Hugging Face libraries, each guarded by a test in tests/test_compat.py."""
+"""Every private import from the Hugging Face libraries and torch, each guarded by a test in tests/test_compat.py."""
 
 from __future__ import annotations
 

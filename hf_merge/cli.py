@@ -14,7 +14,7 @@ from huggingface_hub import typer_factory
 from huggingface_hub.utils import logging
 
 import hf_merge
-from hf_merge import _compat, ranks
+from hf_merge import _compat, launching
 from hf_merge.errors import MergeError, RecipeError
 
 Argument, Option, out = _compat.cli_words()
@@ -152,7 +152,7 @@ def merge(
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
-    if processes > 1 and not ranks.is_launched():
+    if processes > 1 and not launching.is_launched():
         raise click.exceptions.Exit(_launch(processes))
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
@@ -160,7 +160,7 @@ def merge(
         push_to_hub=push_to_hub, keep_local=keep_local, private=private or None, create_pr=create_pr,
         commit_message=commit_message, exist_ok=exist_ok, stream=stream, **changes,
     )  # fmt: skip
-    if ranks.environment().rank:
+    if launching.environment().rank:
         return
     for problem in merged.plan.problems:
         out.warning(problem.message)
@@ -334,9 +334,9 @@ def _job(sources: list[str], repo_id: str | None, **wanted: Any) -> None:
 
 def _launch(processes: int) -> int:
     """Run this command as several processes; return their exit status."""
-    if (said := ranks.environment()).world > 1:
+    if (said := launching.environment()).world > 1:
         raise click.UsageError(f"--processes starts processes, and {said.by} has started {said.world}: leave it out.")
-    return ranks.launch(processes, "-m", "hf_merge.cli", *sys.argv[1:])
+    return launching.launch(processes, "-m", "hf_merge.cli", *sys.argv[1:])
 
 
 def _show(request: Any) -> None:
@@ -389,18 +389,18 @@ def main() -> None:
     """Run the command line and turn errors into one line and an exit status."""
     if os.environ.get("HF_MERGE_VERBOSITY") == "info":
         logging.set_verbosity_info()
-    ranks.follow_parent()
+    launching.follow_parent()
     try:
         status = app.main(standalone_mode=False, windows_expand_args=False)
     except click.exceptions.Abort:
-        if ranks.speaks():
+        if launching.speaks():
             out.error("Interrupted.")
         status = 130
     except click.ClickException as error:
         error.show()
         status = error.exit_code
     except MergeError as error:
-        if ranks.speaks():
+        if launching.speaks():
             out.error(str(error))
         status = 1
     sys.exit(status if isinstance(status, int) else 0)

@@ -184,3 +184,16 @@ def test_jobs_are_still_asked_for_by_the_same_json_and_mounted_where_the_cache_l
     (folder / "config.json").write_text("{}")
     found = try_to_load_from_cache("org/a", "config.json", cache_dir=tmp_path, revision="0" * 40)
     assert found == str(folder / "config.json")
+
+
+def test_the_default_group_still_has_a_store(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        store = dist.PrefixStore("hf_merge", _compat.default_store())
+        store.set("key", "value")
+        assert store.check(["key"]) and not store.check(["other"]) and store.multi_get(["key"]) == [b"value"]
+        assert store.compare_set("first", "", "one") == b"one" == store.compare_set("first", "", "two")
+        assert store.add("count", 1) == 1
+    finally:
+        dist.destroy_process_group()

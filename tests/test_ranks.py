@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_merge
-from hf_merge import ranks
+from hf_merge import launching, ranks
 from hf_merge.errors import MergeError, OutputError
 from hf_merge.writer import partial_folder
 from tests import rank_script
@@ -24,7 +24,7 @@ from tests.conftest import save_llamas
 SCRIPT = Path(rank_script.__file__)
 ROOT = SCRIPT.parents[1]
 EQUAL = "several,single,file,modules,in_memory,empty"
-NAMES = [name for group in ranks._VARIABLES.values() for name in group if name]
+NAMES = [name for group in launching._VARIABLES.values() for name in group if name]
 
 
 @pytest.fixture(scope="module")
@@ -171,28 +171,30 @@ def command(tmp_path, models, *words, slow):
 
 
 def test_command_starts_processes_and_says_everything_once(models, alone, tmp_path):
-    """Other processes of the same command are interrupted, and left without the one that launched them."""
-    output = [str(tmp_path / name) for name in ("killed", "nan", "int", "kill")]
     small = ["--max-shard-size", "20KB"]
-    merged = command(tmp_path, models, "b", output[0], *small, slow=0)
+    merged = command(tmp_path, models, "b", str(tmp_path / "killed"), *small, slow=0)
+    broken = command(tmp_path, models, "broken", str(tmp_path / "nan"), slow=0.1)
     said, errors = merged.communicate(timeout=120)
     assert merged.returncode == 0 and said.count("Merged") == 1 and errors == ""
     assert files(tmp_path / "killed") == files(alone / "killed")
-
-    broken = command(tmp_path, models, "broken", output[1], slow=0.1)
     said, errors = broken.communicate(timeout=120)
     assert broken.returncode == 1 and errors.count("Error") == 1 and "Rank 1 of 2: 'model.norm.weight'" in errors
+    assert left(tmp_path) == ["killed", "sitecustomize.py"]
 
-    how = ((output[2], signal.SIGINT, 130), (output[3], signal.SIGKILL, -signal.SIGKILL))
-    for name, number, status in how:
-        process = command(tmp_path, models, "b", name, *small, slow=0.5)
-        wait_until(lambda name=name: any(partial_folder(Path(name)).glob("*.safetensors")))
+
+def test_processes_end_with_the_command_however_it_ends(models, tmp_path):
+    outputs = {signal.SIGINT: tmp_path / "interrupted", signal.SIGKILL: tmp_path / "killed"}
+    started = {number: command(tmp_path, models, "b", str(output), "--max-shard-size", "20KB", slow=0.3)
+               for number, output in outputs.items()}  # fmt: skip
+    for number, process in started.items():
+        folder = partial_folder(outputs[number])
+        wait_until(lambda folder=folder: any(folder.glob("*.safetensors")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(number)
-        said, errors = process.communicate(timeout=120)
-        assert process.returncode == status and len(children) == 2
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL) and len(children) == 2
         wait_until(lambda children=children: not any(Path(f"/proc/{child}").exists() for child in children))
-        assert errors.count("Error") == 1 and "Traceback" not in errors and not Path(name).exists()
+        assert errors.count("Error") == 1 and "Traceback" not in errors and not outputs[number].exists(), errors
 
 
 def wait_until(condition):
@@ -247,25 +249,25 @@ def test_a_push_without_an_output_is_for_one_process(clean, llamas):
 @pytest.mark.parametrize(
     ("said", "found"),
     [
-        ({}, ranks.Environment()),
-        ({"WORLD_SIZE": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, ranks.Environment("torchrun", 1, 0, 0, 1)),
-        ({"SLURM_NTASKS": "4"}, ranks.Environment()),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ranks.Environment("srun", 1)),
+        ({}, launching.Environment()),
+        ({"WORLD_SIZE": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, launching.Environment("torchrun", 1, 0, 0, 1)),
+        ({"SLURM_NTASKS": "4"}, launching.Environment()),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, launching.Environment("srun", 1)),
         (
             {"SLURM_NTASKS": "7", "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_TASKS_PER_NODE": "2(x2),3",
              "SLURM_NODEID": "2"},
-            ranks.Environment("SLURM", 7, 6, 2, 3),
+            launching.Environment("SLURM", 7, 6, 2, 3),
         ),
         (
             {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-            ranks.Environment("Open MPI", 3, 2, 1, 3),
+            launching.Environment("Open MPI", 3, 2, 1, 3),
         ),
     ],
 )  # fmt: skip
 def test_environments_are_read(clean, said, found):
     for name, value in said.items():
         clean.setenv(name, value)
-    assert ranks.environment() == found
+    assert launching.environment() == found
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_environments_are_read(clean, said, found):
 )
 def test_the_first_host_of_slurm_is_found(clean, nodes, first):
     clean.setenv("SLURM_JOB_NODELIST", nodes)
-    assert ranks._slurm_host() == first
+    assert launching._slurm_host() == first
 
 
 @pytest.mark.parametrize("size", ["20KB", "60KB", "5GB"])
