@@ -23,12 +23,13 @@ from typing import Any
 from benchmarks.checkpoints import SIZES, Shapes, checkpoints, llama_config, llama_shapes, moe_shapes, tiny_shapes
 from benchmarks.loading import COLUMNS as LOADING_COLUMNS
 from benchmarks.loading import loading_rows
-from benchmarks.processes import Run, run_floor, run_python
+from benchmarks.processes import Run, run_command, run_floor, run_python
 from benchmarks.rows import COLUMNS as ROW_COLUMNS
 from benchmarks.rows import row_cells
 
 COLUMNS = ("case", "wall s", "cpu s", "anon MB", "floor s", "wall / floor", "(wall - torch) / floor")
 SLOPE_COLUMNS = ("time per tensor", "tensors", "plan s", "merge s", "plan us / tensor", "merge us / tensor")
+PROCESS_COLUMNS = ("processes", "threads each", "wall s", "wall / 1 process", "without the start")
 METHODS = "linear,slerp,task_arithmetic,ties,dare_ties,passthrough"
 DENSITY = 0.5
 
@@ -69,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 case.floors += [case.floor()] if case.floor else []
                 case.runs.append(case.run())
         slopes = _slopes(options, Path(scratch))
+        shared = _process_rows(options, Path(scratch)) if options.processes else []
     tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slopes))] if slopes else [])]
+    tables += [_table(PROCESS_COLUMNS, shared)] if shared else []
     tables += [_table(ROW_COLUMNS, [row_cells(options.rows, options.runs)])] if options.rows else []
     tables += [_table(LOADING_COLUMNS, loading_rows(options.large, options.runs))] if options.on_load else []
     text = "\n\n".join(tables)
@@ -94,6 +97,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=128, help="in each of these layers")
     parser.add_argument("--rows", type=int, default=151_000, help="of an embedding in another vocabulary; 0: none")
     parser.add_argument("--on-load", action=argparse.BooleanOptionalAction, default=True, help="merges into a model")
+    parser.add_argument("--processes", type=int, default=2, help="that share a merge by ties; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),
                         help="for checkpoints, which later calls use again, and for outputs")  # fmt: skip
@@ -175,6 +179,36 @@ def _slope(options: argparse.Namespace, scratch: Path, kind: str, sizes: dict[in
         [len(shapes), *(median(run[i][part] for run in times) for part in (0, 1))]
         for i, shapes in enumerate(sizes.values())
     ]
+
+
+def _process_rows(options: argparse.Namespace, scratch: Path) -> list[list[str]]:
+    """Let one process and several share the same threads in a merge; without the start is against a tiny merge."""
+    name = f"llama-{options.hidden}x{options.layers}"
+    large = checkpoints(options.folder / name, llama_shapes(options.hidden, options.layers), options.models)
+    small = checkpoints(options.folder / "llama-64x1", llama_shapes(64, 1), options.models)
+    many = options.processes
+    ways = ((1, many), (1, 1), (many, 1))  # processes, threads of each
+    walls: dict[tuple[int, int], list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(options.runs):
+        for way in ways:
+            walls[way].append(tuple(_process_wall(paths, *way, scratch) for paths in (large, small)))  # type: ignore
+    first = walls[ways[0]]
+    return [
+        [str(way[0]), str(way[1]), f"{median(one[0] for one in taken):.2f}",
+         *(f"{median(ratio):.2f}" for ratio in (
+             [one[0] / base[0] for one, base in zip(taken, first, strict=True)],
+             [(one[0] - one[1]) / max(base[0] - base[1], 1e-9) for one, base in zip(taken, first, strict=True)],
+         ))]
+        for way, taken in walls.items()
+    ]  # fmt: skip
+
+
+def _process_wall(paths: Sequence[Path], processes: int, threads: int, scratch: Path) -> float:
+    output, models = scratch / "shared", [str(path) for path in paths[1:]]
+    words = ["--method", "ties", "--base", str(paths[0]), *models, str(output), "--processes", str(processes)]
+    wall = run_command("merge", *words, "-p", f"density={DENSITY}", threads=threads * processes).wall
+    shutil.rmtree(output)
+    return wall
 
 
 def _rows(cases: Sequence[Case]) -> list[list[str]]:

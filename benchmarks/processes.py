@@ -90,3 +90,9 @@ def run_floor(inputs: Sequence[Path], output: Path) -> Run:
     done = run_python(_FLOOR, str(output), str(size), *(str(file) for held in files for file in held))
     output.unlink()
     return done
+
+
+def run_command(*arguments: str, threads: int) -> Run:
+    """Run `hf-merge` in a fresh process that may use so many threads, or start others that share them."""
+    code = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from hf_merge.cli import main; main()"
+    return run_python(code, str(threads), *arguments)

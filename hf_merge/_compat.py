@@ -1,4 +1,4 @@
-"""Every private import from the Hugging Face libraries, each guarded by a test in tests/test_compat.py."""
+"""Every private import from the Hugging Face libraries and torch, each guarded by a test in tests/test_compat.py."""
 
 from __future__ import annotations
 
@@ -479,3 +479,10 @@ def loading_order(names: Iterable[str]) -> list[str]:
     from transformers.core_model_loading import dot_natural_key
 
     return sorted(names, key=dot_natural_key)
+
+
+def default_store() -> Any:
+    """Return the key-value store of torch.distributed's default group; None if its backend has none."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

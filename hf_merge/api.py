@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -29,6 +30,7 @@ from hf_merge.loading import load, recipe_words
 from hf_merge.placement import DeviceMap, MaxMemory, check_devices, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
+from hf_merge.ranks import Team, current, together
 from hf_merge.recipe import Recipe
 from hf_merge.sources import Source, open_sources
 from hf_merge.sources.checkpoint import Checkpoint
@@ -179,6 +181,7 @@ def plan(
     return surveyed(*_prepare(recipe, changes, (device_map, max_memory), max_shard_size, read))
 
 
+@together
 def merge(
     recipe: Any,
     output: str | os.PathLike[str] | None = None,
@@ -210,6 +213,9 @@ def merge(
     Without `output`, files of weights are uploaded and deleted while the next are merged: at most two lie on the disk,
     in a hidden folder of the current one.
 
+    Under torchrun, accelerate launch or srun all processes call this, with the same models and an `output` that all of
+    them see. Each merges a part, the first one publishes, and all return the same; what fails on one fails on all.
+
     Args:
         recipe: a YAML file, a mapping, a Recipe, or a list of models (Hub ids, folders, modules, state dicts).
         output: the folder to make, or a file `NAME.safetensors`. It appears when it is whole.
@@ -235,44 +241,54 @@ def merge(
         ComputeError, OutputError: nothing appears at `output`.
         PublishError: before anything is merged, or when the Hub fails; its repository is as it was.
     """
+    team = current()
     target = _target(output, push_to_hub, keep_local)
     one_file = output is not None and target.suffix == WEIGHTS
     away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
-    if not away:
+    if away and team.world > 1:
+        raise OutputError(
+            f"{team.world} processes merge into a folder that all of them see: name an output too, and push from there."
+        )
+    if not away and team.leads:
         refuse_existing(target, overwrite=overwrite)
-    destination = _destination(
+    destination = None if not team.leads else _destination(
         push_to_hub, partial_folder(target) if away and resume else None, token,
         {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok},
     )  # fmt: skip
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
     where = (device_map, max_memory)
-    made, sources = _prepare(recipe, changes, where, sys.maxsize if one_file else max_shard_size, read)
+    loaded = Recipe.load(recipe, **changes)
+    with team.node_first() if _is_far(loaded) else nullcontext():
+        made, sources = _prepare(loaded, {}, where, sys.maxsize if one_file else max_shard_size, read)
     made.check()
     check_devices(step.device for step in made.steps)
     check_downloads(remote_reads(made, sources))
     _refuse_own_input(target, sources)
     name = target.name if destination is None else destination.repo_id
-    card = _try_card(made, sources, name, card_template)
+    card = _try_card(made, sources, name, card_template) if team.leads else ""
     shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True))).to_yaml()
     fingerprint = _fingerprint(made, sources, resume=resume)
+    team.agree("plan", f"{fingerprint} {shown}", "would merge something else than rank 0: give all processes the same "
+               "recipe, options and files of models (sizes and times are compared).")  # fmt: skip
     if destination is not None:
         destination.check_card(card)
         destination = destination.prepare()
     uploads = Uploads(destination, recipe=shown) if destination is not None and away else None
     writer = Writer(
         target, made, fingerprint=fingerprint, overwrite=overwrite, resume=resume, metadata={RECIPE_KEY: shown},
-        carrier=uploads,
+        carrier=uploads, team=team,
     )  # fmt: skip
     with writer:
-        if not one_file:
+        if not one_file and team.leads:
             sources[made.donor].write_companions(writer.folder)
-        _run(made, sources, writer)
-        if not one_file:
+        _run(team.with_own_device(made) if device_map == "auto" else made, sources, writer, team)
+        if not one_file and team.leads:
             _describe(made, sources, writer.folder, name=name, card_template=card_template)
-    if destination is None:
-        return MergedModel(target, made)
-    info = _push(target, destination) if uploads is None else uploads.info
-    return MergedModel(None if away else target, made, destination.repo_id, info.oid, info.pr_url or info.commit_url)
+    published: list[str | None] = []
+    if destination is not None:
+        info = _push(target, destination) if uploads is None else uploads.info
+        published = [destination.repo_id, info.oid, info.pr_url or info.commit_url]
+    return MergedModel(None if away else target, made, *team.share("published", published))
 
 
 def _target(output: str | os.PathLike[str] | None, repo_id: str | None, keep_local: bool | None) -> Path:
@@ -467,32 +483,44 @@ def _open(
     return aligned.sources, aligned.problems
 
 
-def _run(made: Plan, sources: list[Source], writer: Writer) -> None:
-    """Execute the plan into the writer, with a progress bar."""
+def _is_far(recipe: Recipe) -> bool:
+    """Tell whether a model may have to come from the Hub."""
+    models = [model for each in (recipe, *recipe.stages) for model in each.references]
+    return any(isinstance(model, ModelRef) and not os.path.exists(model.path) for model in models)
+
+
+def _run(made: Plan, sources: list[Source], writer: Writer, team: Team) -> None:
+    """Execute this process's part of the plan into the writer, with a progress bar for all."""
     bar = tqdm(total=made.bytes_written, unit="B", unit_scale=True, desc="Merging", name="hf_merge.merge")
-    finished = [name for name in made.specs if writer.is_finished(name)]
-    done, one_at_a_time = len(finished), Lock()
+    finished, one_at_a_time, stop = writer.sizes_before(), Lock(), Event()
 
     def write(name: str, start: int, values: Tensor) -> None:
-        nonlocal done
+        team.check()
         writer.write(name, start, values)
         with one_at_a_time:
-            bar.update(values.numel() * values.element_size())
-            done += start + values.numel() == made.specs[name].numel
-            bar.set_postfix_str(f"{done}/{len(made.steps)} tensors", refresh=False)
+            team.advance(values.nbytes, start + values.numel() == made.specs[name].numel)
+            show()
 
-    stop = Event()
+    def show() -> None:
+        size, tensors = team.progress()
+        bar.set_postfix_str(f"{len(finished) + tensors}/{len(made.steps)} tensors", refresh=False)
+        bar.update(max(sum(finished) + size - bar.n, 0))
 
     def give_up() -> None:
         stop.set()
         writer.stop()
 
-    reads = remote_reads(made, sources, writer.is_finished)
+    team.on_failure(give_up)
+    reads = remote_reads(made, sources, writer.is_finished, assumed=team.leads)
     one_by_one = bool(reads) or writer.carrier is not None
     with bar, fetching(reads, stop):
-        bar.update(sum(made.specs[name].nbytes for name in finished))
+        show()
         execute(made, sources, write, skip=writer.is_finished, stopped=give_up, in_order=one_by_one)
-        check_assumed(sources)
+        if team.leads:
+            check_assumed(sources)
+        team.barrier("written", meanwhile=show)
+        bar.set_postfix_str(f"{len(made.steps)}/{len(made.steps)} tensors", refresh=False)
+        bar.update(made.bytes_written - bar.n)
 
 
 def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> str:

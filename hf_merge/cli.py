@@ -14,7 +14,7 @@ from huggingface_hub import typer_factory
 from huggingface_hub.utils import logging
 
 import hf_merge
-from hf_merge import _compat
+from hf_merge import _compat, launching
 from hf_merge.errors import MergeError, RecipeError
 
 Argument, Option, out = _compat.cli_words()
@@ -88,6 +88,7 @@ LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hu
         "hf-merge merge recipe.yaml merged",
         "hf-merge merge --method ties --base org/base org/a org/b -p density=0.5 merged",
         "hf-merge merge recipe.yaml --push-to-hub me/merged --private",
+        "hf-merge merge recipe.yaml merged --processes 4",
     ),
 )
 def merge(
@@ -122,6 +123,9 @@ def merge(
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
     stream: Stream = False,
+    processes: Annotated[
+        int, Option("--processes", min=1, help="Merge with so many processes on this machine; each has its threads.")
+    ] = 1,
     job: Annotated[str | None, Option("--job", help="Merge on Hugging Face Jobs, on hardware of this name.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="With --job: show request and price; start nothing.")] = False,
     timeout: Annotated[str, Option("--timeout", help="With --job: when to stop it, finished or not.")] = "2h",
@@ -136,7 +140,8 @@ def merge(
     )  # fmt: skip
     if job is not None:
         here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
-                "--resume": resume, "--stream": stream, "--local-files-only": local_files_only}  # fmt: skip
+                "--resume": resume, "--stream": stream, "--local-files-only": local_files_only,
+                "--processes": processes > 1}  # fmt: skip
         if said := [flag for flag, value in here.items() if value]:
             raise click.UsageError(f"{', '.join(said)} cannot be said of a job: leave it out.")
         _job(
@@ -154,6 +159,8 @@ def merge(
         raise click.UsageError(
             "Give a recipe and the output folder, or with --method the models and the output folder."
         )
+    if processes > 1 and not launching.is_launched():
+        raise click.exceptions.Exit(_launch(processes))
     merged = hf_merge.merge(
         _recipe(sources, method), output, overwrite=overwrite, resume=resume, device_map=device_map,
         max_memory=_max_memory(max_memory),
@@ -161,6 +168,8 @@ def merge(
         push_to_hub=push_to_hub, keep_local=keep_local, private=private or None, create_pr=create_pr,
         commit_message=commit_message, exist_ok=exist_ok, stream=stream, **changes,
     )  # fmt: skip
+    if launching.environment().rank:
+        return
     for problem in merged.plan.problems:
         out.warning(problem.message)
     places = {"path": merged.path, "repo_id": merged.repo_id, "commit": merged.commit, "url": merged.url}
@@ -333,6 +342,13 @@ def _job(sources: list[str], repo_id: str | None, **wanted: Any) -> None:
     _show(run_merge_job(_recipe(sources, method), repo_id, **wanted))
 
 
+def _launch(processes: int) -> int:
+    """Run this command as several processes; return their exit status."""
+    if (said := launching.environment()).world > 1:
+        raise click.UsageError(f"--processes starts processes, and {said.by} has started {said.world}: leave it out.")
+    return launching.launch(processes, "-m", "hf_merge.cli", *sys.argv[1:])
+
+
 def _show(request: Any) -> None:
     """Print what was or would be asked of the Hub, for people or for programs."""
     if out.mode.value == "json":
@@ -390,16 +406,19 @@ def main() -> None:
     """Run the command line and turn errors into one line and an exit status."""
     if os.environ.get("HF_MERGE_VERBOSITY") == "info":
         logging.set_verbosity_info()
+    launching.follow_parent()
     try:
         status = app.main(standalone_mode=False, windows_expand_args=False)
     except click.exceptions.Abort:
-        out.error("Interrupted.")
+        if launching.speaks():
+            out.error("Interrupted.")
         status = 130
     except click.ClickException as error:
         error.show()
         status = error.exit_code
     except MergeError as error:
-        out.error(str(error))
+        if launching.speaks():
+            out.error(str(error))
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -47,11 +47,20 @@ class Stopped(Exception):
     """The merge ended before this was fetched."""
 
 
-def remote_reads(plan: Plan, sources: Sequence[Source], skip: Callable[[str], bool] = lambda name: False) -> list[Read]:
-    """List the tensors in files on the Hub that a plan reads, in order, each as often as it is read."""
+def remote_reads(
+    plan: Plan, sources: Sequence[Source], skip: Callable[[str], bool] = lambda name: False, *, assumed: bool = True
+) -> list[Read]:
+    """List the tensors in files on the Hub that a plan reads, in order, each as often as it is read.
+
+    Args:
+        plan: what reads them.
+        sources: the plan's models, in its order.
+        skip: names of tensors that are not needed.
+        assumed: whether `check_assumed` reads too.
+    """
     steps = (step for step in plan.steps if not skip(step.name))
     reads = (read for step in steps for one in step.reads for read in sources[one.model].origins(one.name))
-    pairs = [(source, name) for source, *names in assumed_equal(sources) for name in names]
+    pairs = [(source, name) for source, *names in assumed_equal(sources) for name in names] if assumed else []
     return [(file, inner) for source, name in [*reads, *pairs] for file, inner in _place(source, name)]
 
 

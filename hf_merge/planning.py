@@ -259,9 +259,12 @@ class Plan:
         }
 
     def fingerprint(self) -> str:
-        """Identify what will be written, wherever it is computed: plans of the same fingerprint make the same files."""
+        """Identify what will be written: two plans of the same fingerprint lay out the same files.
+
+        The number of a device does not count, its kind does: a sum may differ in its last bit.
+        """
         content = {key: value for key, value in self.to_dict().items() if key in ("recipe", "tensors", "shards")}
-        content["tensors"] = [{**step, "device": None} for step in content["tensors"]]
+        content["tensors"] = [{**each, "device": each["device"].partition(":")[0]} for each in content["tensors"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def __str__(self) -> str:

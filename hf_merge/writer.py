@@ -2,6 +2,7 @@
 
 Everything is written into a hidden sibling of the output. A shard gets its name when its last byte is there, the
 folder gets its own when its last file is there; config.json is the last of them, so that no half model loads.
+Of several processes the leader makes the folder and lets it appear; a file that two of them write is laid out first.
 Or a carrier takes every file away as soon as it is whole, and the folder is only where files lie until then.
 """
 
@@ -11,7 +12,10 @@ import errno
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -23,6 +27,7 @@ from torch import Tensor, uint8
 
 from hf_merge.errors import OutputError, OutputExistsError
 from hf_merge.planning import Plan
+from hf_merge.ranks import Team, split
 from hf_merge.types import DTYPE_NAMES, TensorSpec
 
 logger = logging.get_logger(__name__)
@@ -35,9 +40,12 @@ INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
 _STATE = ".fingerprint"
 _LOCK = ".lock"
+_TOKEN = ".shared"
+"""Says the same to all processes, if they see the same folder."""
 CARRIED = ".carried"
 """What a carrier notes beside the files, so that a resumed run knows which are taken away already."""
 _MODEL_FILES = ("config.json", "modules.json", "model.safetensors", INDEX)
+_PATIENCE = 20.0  # seconds until a network file system shows what another machine has made
 
 
 def partial_folder(output: Path) -> Path:
@@ -90,6 +98,7 @@ class Writer:
         overwrite: replace what is there, once the new folder is whole.
         resume: take over the finished shards of an interrupted run.
         carrier: takes the files away; then nothing appears at the output.
+        team: the processes that write together, each its part; a carrier serves one alone.
 
     Raises:
         OutputExistsError: the output exists and is not empty.
@@ -106,19 +115,72 @@ class Writer:
         overwrite: bool = False,
         resume: bool = False,
         carrier: Carrier | None = None,
+        team: Team | None = None,
     ):
         self.output, self.plan, self.overwrite, self.carrier = output, plan, overwrite, carrier
+        self.team = team = team or Team()
         self.folder = partial_folder(output)
-        if carrier is None:
-            refuse_existing(output, overwrite=overwrite)
         self._lock = FileLock(self.folder / _LOCK, blocking=False)
+        if carrier is None and team.leads:
+            refuse_existing(output, overwrite=overwrite)
+        self.shards: dict[str, _Shard] = {}
         try:
-            self._claim(fingerprint, resume=resume)
+            if team.leads:
+                self._lead(fingerprint, metadata, resume=resume)
+            else:
+                self._follow(metadata)
         except OSError as error:
             raise OutputError(f"'{output}' cannot be written: {error.strerror or error}.") from error
-        self.shards = {name: _Shard(self.folder, name, tensors, plan.specs, metadata, carrier)
-                       for name, tensors in plan.shards.items() if name not in self.finished}  # fmt: skip
-        self._shard_of = {name: shard for shard in self.shards.values() for name in shard.places}
+        self._shard_of = {name: shard for shard in self.shards.values() for name in shard.mine}
+
+    def _lead(self, fingerprint: str, metadata: Mapping[str, str], *, resume: bool) -> None:
+        """Claim the folder, lay out the files that several processes write, and let the others begin."""
+        self._claim(fingerprint, resume=resume)
+        try:
+            token = uuid.uuid4().hex if self.team.world > 1 else ""
+            if token:
+                (self.folder / _TOKEN).write_text(token, encoding="utf-8")
+            self.shards = self._my_shards(metadata)
+            self.team.share("writer", [token, sorted(self.finished)])
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _follow(self, metadata: Mapping[str, str]) -> None:
+        """Begin when the leader has claimed the folder, if it is the same one here."""
+        token, finished = self.team.share("writer")
+        self._left, self.finished, begin = [], set(finished), time.monotonic()
+        while not (self.folder / _TOKEN).is_file() or (self.folder / _TOKEN).read_text(encoding="utf-8") != token:
+            self.team.check()
+            if time.monotonic() - begin > _PATIENCE:
+                raise OutputError(
+                    f"'{self.output.parent}' is not the folder there that it is for rank 0: choose an output on a "
+                    "file system that all machines share."
+                )
+            time.sleep(0.1)
+            os.scandir(self.folder.parent).close()  # a network file system looks again
+        self.shards = self._my_shards(metadata)
+
+    def _my_shards(self, metadata: Mapping[str, str]) -> dict[str, _Shard]:
+        """Make the files of which this process writes a part; the leader lays out those with several writers."""
+        parts, made = split(self.plan, self.team.world, self.finished), {}
+        for file, names in self.plan.shards.items():
+            held = [name for name in names if self.plan.specs[name].nbytes]
+            writers = [rank for rank, part in enumerate(parts) if not part.isdisjoint(held)] or [0]
+            if file in self.finished or not (self.team.rank in writers or (self.team.leads and len(writers) > 1)):
+                continue
+            mine = parts[self.team.rank] if len(writers) > 1 else names
+            made[file] = _Shard(self.folder, file, names, self.plan.specs, metadata, self.carrier, mine)
+            if len(writers) > 1:
+                made[file].is_last = partial(self._is_last, file, len(writers))
+            if len(writers) > 1 and self.team.leads:
+                made[file].lay_out()
+                made[file].close(synced=True)
+        return made
+
+    def _is_last(self, file: str, writers: int) -> bool:
+        """Tell whether all other processes have written their part of a file."""
+        return self.team.count(file) == writers
 
     def _claim(self, fingerprint: str, *, resume: bool) -> None:
         """Make the partial folder ours: take over a finished part, or begin afresh."""
@@ -165,8 +227,13 @@ class Writer:
                 self.carrier.take(file)
 
     def is_finished(self, tensor: str) -> bool:
-        """Tell whether a tensor stands in a shard that an earlier run finished."""
+        """Tell whether a tensor stands in a shard that an earlier run finished, or is another process's to write."""
         return tensor not in self._shard_of
+
+    def sizes_before(self) -> list[int]:
+        """Return the bytes of every tensor that an earlier run finished."""
+        return [self.plan.specs[name].nbytes for file in self.plan.shards if file in self.finished
+                for name in self.plan.shards[file]]  # fmt: skip
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write elements of a tensor, beginning with the one of index `start`. Safe to call from many threads."""
@@ -181,7 +248,10 @@ class Writer:
         for shard in self.shards.values():
             shard.close()
         if kind is not None:
-            self._give_up()
+            self.team.abandon(error)
+            self._give_up() if self.team.leads else self.stop()
+            return
+        if not self.team.leads:
             return
         self._write_index()
         if self.carrier is None:
@@ -202,6 +272,7 @@ class Writer:
     def _publish(self) -> None:
         """Let the output appear, all at once."""
         (self.folder / _STATE).unlink()
+        (self.folder / _TOKEN).unlink(missing_ok=True)
         self._lock.release()
         (self.folder / _LOCK).unlink(missing_ok=True)
         if self.output.is_dir() and not any(self.output.iterdir()):
@@ -271,7 +342,8 @@ class _Shard:
         names: tuple[str, ...],
         specs: Mapping[str, TensorSpec],
         metadata: Mapping[str, str],
-        carrier: Carrier | None = None,
+        carrier: Carrier | None,
+        mine: Container[str],
     ):
         self.path = path = folder / file
         self._name, self._carrier = file, carrier
@@ -291,7 +363,10 @@ class _Shard:
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._header = len(text).to_bytes(8, "little") + text
-        self._missing, self._size = end, end
+        self._size = end
+        self.mine = [name for name in names if name in mine]
+        self._missing = sum(specs[name].nbytes for name in self.mine)
+        self.is_last: Callable[[], bool] | None = None
         self._file: int | None = None
         self._guard = Lock()
         if not end:
@@ -314,23 +389,32 @@ class _Shard:
         """Make the file at its full size, so that a full disk is found now."""
         if self._carrier is not None:
             self._carrier.admit(self._name)
+        if self.is_last is not None:  # it has several writers and was laid out for them
+            self._file = os.open(self._unfinished, os.O_WRONLY)
+            return self._file
+        self.lay_out()
+        assert self._file is not None
+        return self._file
+
+    def lay_out(self) -> None:
+        """Write all but the tensors, and leave the file open."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         _reserve(self._file, len(self._header) + self._size)
         _write_at(self._file, memoryview(self._header), 0)
-        return self._file
 
     def _finish(self) -> None:
-        if self._file is not None:
-            os.fsync(self._file)
-        self.close()
-        self._unfinished.rename(self.path)
+        self.close(synced=True)
+        if self.is_last is None or self.is_last():
+            self._unfinished.rename(self.path)
         if self._carrier is not None:
             self._carrier.take(self._name)
 
-    def close(self) -> None:
+    def close(self, *, synced: bool = False) -> None:
         """Close the file, finished or not."""
         if self._file is not None:
+            if synced:
+                os.fsync(self._file)
             os.close(self._file)
             self._file = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.__main__ import COLUMNS, SLOPE_COLUMNS, main
+from benchmarks.__main__ import COLUMNS, PROCESS_COLUMNS, SLOPE_COLUMNS, main
 
 
 def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
@@ -13,13 +13,15 @@ def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
     places = ["--folder", str(tmp_path), "--json", str(tmp_path / "runs.json")]
     text = main([*numbers, *places, "--methods", ""])
     assert capsys.readouterr().out.strip() == text
-    table, slope, rows, loading = (read_table(part) for part in text.split("\n\n"))
+    table, slope, shared, rows, loading = (read_table(part) for part in text.split("\n\n"))
     assert list(table[0]) == list(COLUMNS) and list(slope[0]) == list(SLOPE_COLUMNS)
     assert [row["case"] for row in table] == ["import torch", "import hf_merge.api", "12 tiny tensors, 2"]
     assert all(float(row["wall / floor"]) > 0 for row in table[2:])
     assert [row["tensors"] for row in slope] == ["3", "6", "12", "4.00", "6", "12", "24", "4.00"]
     assert [row["time per tensor"] for row in slope[3:5]] == ["tiny tensors: last / first", "layers of 2 experts"]
     assert all(float(row["plan us / tensor"]) > 0 and float(row["merge us / tensor"]) > 0 for row in slope)
+    assert list(shared[0]) == list(PROCESS_COLUMNS) and float(shared[2]["wall / 1 process"]) > 0
+    assert [(row["processes"], row["threads each"]) for row in shared] == [("1", "2"), ("1", "1"), ("2", "1")]
     assert [row["rows"] for row in rows] == ["500 x 896"] and float(rows[0]["gather / index_select"]) > 0
     assert len(loading) == 4 and all(float(row["wall s"]) > 0 for row in loading)
     assert [case["case"] for case in json.loads((tmp_path / "runs.json").read_text())["cases"]] == [

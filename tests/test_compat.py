@@ -283,3 +283,16 @@ def test_the_loader_still_asks_of_a_slice_no_more_than_ours_has(tmp_path, monkey
                 torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True)
             )
     assert asked <= {"get_shape", "__class__"}, asked
+
+
+def test_the_default_group_still_has_a_store(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        store = dist.PrefixStore("hf_merge", _compat.default_store())
+        store.set("key", "value")
+        assert store.check(["key"]) and not store.check(["other"]) and store.multi_get(["key"]) == [b"value"]
+        assert store.compare_set("first", "", "one") == b"one" == store.compare_set("first", "", "two")
+        assert store.add("count", 1) == 1
+    finally:
+        dist.destroy_process_group()
