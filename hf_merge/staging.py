@@ -36,8 +36,8 @@ class Lane:
 
     is_host = True
 
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, device: str = "cpu"):
+        self.device = torch.device(device)
         self.tile = TILE
         self.kept: dict[torch.dtype, list[Tensor]] = {}
 
@@ -278,4 +278,6 @@ class Budget:
 
 def open_lane(device: str, *, own_stream: bool) -> Lane:
     """Open a way to a device for the calling thread."""
-    return Lane() if torch.device(device).type == "cpu" else DeviceLane(Accelerator(device), own_stream=own_stream)
+    if torch.device(device).type in ("cpu", "meta"):  # no bus leads to either
+        return Lane(device)
+    return DeviceLane(Accelerator(device), own_stream=own_stream)

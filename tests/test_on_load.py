@@ -349,9 +349,9 @@ from hf_merge import lazy
 dist.init_process_group("gloo")
 base, *models = sys.argv[1:]
 asked, compute = {}, lazy.compute
-def noted(plan, step, sources, *, index=..., scratch=None):
+def noted(plan, step, sources, *, index=..., lane=None):
     asked[step.name] = index
-    return compute(plan, step, sources, index=index, scratch=scratch)
+    return compute(plan, step, sources, index=index, lane=lane)
 lazy.compute = noted
 for method, words in {"linear": {}, "ties": {"density": 0.5, "base_model": base}}.items():
     model = hf_merge.from_pretrained(models, method=method, distributed_config=DistributedConfig(tp_size=2), **words)
