@@ -183,9 +183,8 @@ def _slope(options: argparse.Namespace, scratch: Path, kind: str, sizes: dict[in
 
 def _process_rows(options: argparse.Namespace, scratch: Path) -> list[list[str]]:
     """Let one process and several share the same threads in a merge; without the start is against a tiny merge."""
-    name = f"llama-{options.hidden}x{options.layers}"
-    large = checkpoints(options.folder / name, llama_shapes(options.hidden, options.layers), options.models)
-    small = checkpoints(options.folder / "llama-64x1", llama_shapes(64, 1), options.models)
+    large = options.large
+    small = checkpoints(options.folder / "llama-64x1", llama_shapes(64, 1), options.models, llama_config(64, 1))
     many = options.processes
     ways = ((1, many), (1, 1), (many, 1))  # processes, threads of each
     walls: dict[tuple[int, int], list[tuple[float, float]]] = {way: [] for way in ways}

@@ -278,6 +278,4 @@ class Budget:
 
 def open_lane(device: str, *, own_stream: bool) -> Lane:
     """Open a way to a device for the calling thread."""
-    if torch.device(device).type in ("cpu", "meta"):  # no bus leads to either
-        return Lane(device)
-    return DeviceLane(Accelerator(device), own_stream=own_stream)
+    return Lane() if torch.device(device).type == "cpu" else DeviceLane(Accelerator(device), own_stream=own_stream)

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 import hf_merge
 from hf_merge import lazy, loading
 from hf_merge.lazy import MergedSlice
+from hf_merge.staging import Lane
 from hf_merge.types import TensorSpec
 from tests.architectures import save_tiny
 from tests.conftest import save_llamas
@@ -189,6 +190,7 @@ class TestPlaces:
         )
         linear(llamas, device_map="cpu")
         assert devices == {"cpu"}
+        monkeypatch.setattr(lazy, "open_lane", lambda device, own_stream: Lane(device))  # no bus leads to meta
         made, sources = hf_merge.api.open_recipe([llamas["a"], llamas["b"]], {}, method="linear", allow_nonfinite=True)
         with lazy.Mergers(made, sources, threading.Event()) as mergers:
             found = mergers.slices(["model.norm.weight"])["model.norm.weight"][...].to(device="meta")

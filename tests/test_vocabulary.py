@@ -495,7 +495,10 @@ def test_an_input_is_not_overwritten_and_another_tokenizer_is_not_resumed(make, 
     with pytest.raises(hf_merge.OutputError, match="holds the input"):
         hf_merge.merge([a, b], a, method="linear", tokenizer_source="union", overwrite=True)
     prints = [
-        [source.fingerprint() for source in _prepare([a, b], {"method": "linear", **words}, "cpu", "5GB", {})[1]]
+        [
+            source.fingerprint()
+            for source in _prepare([a, b], {"method": "linear", **words}, ("cpu", None), "5GB", {})[1]
+        ]
         for words in ({"tokenizer_source": "union"}, {"tokenizer_source": "base"}, {})
     ]
     assert len({json.dumps(each) for each in prints}) == 3
