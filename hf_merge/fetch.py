@@ -127,7 +127,9 @@ class Ending:
             try:
                 return coming.result(timeout=_PATIENCE)
             except NotYet:
-                if self.is_near() and not coming.done():
+                if coming.done():  # what is fetched may end in a timeout of its own
+                    return coming.result()
+                if self.is_near():
                     raise Stopped from None
 
 
