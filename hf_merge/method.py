@@ -6,7 +6,8 @@
 
 Positional arguments are tensors, keyword-only arguments are parameters:
 
-    models | deltas     first: the space it works in, weights or task vectors
+    models | deltas     first: the space it works in, weights or task vectors; or
+    factors             the factors of LoRA adapters (hf_merge.ops.factors)
     base                the base model's weight (`Tensor`: required; `Tensor | None`: optional)
     name: Annotated[.., Reduced(f)]   a number about the whole tensor, computed by f(tiles, *, ...) beforehand
     *, parameter        annotation = type and range; `PerModel[..]` = one value for each model; `Seed` = randomness
@@ -97,7 +98,7 @@ class MergeMethod:
     Attributes:
         name: as recipes spell it.
         fn: the pure function.
-        space: what it merges, `models` (weights) or `deltas` (task vectors).
+        space: what it merges: `models` (weights), `deltas` (task vectors) or `factors` (of LoRA adapters).
         base: whether the base model's weight is `required`, `optional` or `ignored`.
         count: exactly how many models it merges (base excluded), or None for any number from `least` on.
         least: how many models it merges at least.
@@ -114,7 +115,7 @@ class MergeMethod:
 
     name: str
     fn: Callable[..., Tensor]
-    space: Literal["models", "deltas"]
+    space: Literal["models", "deltas", "factors"]
     base: Literal["required", "optional", "ignored"]
     count: int | None
     least: int
@@ -133,7 +134,7 @@ class MergeMethod:
         """Merge whole tensors: weights or, for a method on task vectors, task vectors.
 
         Args:
-            models: one tensor of the same shape for each model.
+            models: one tensor of the same shape for each model; of factors, as `ops.factors.packed` makes them.
             base: the base model's tensor, for methods on weights that use one.
             parameters: as in a recipe; a scalar holds for every model. `lambda` belongs to the addition to the
                 base, which is not done here.
@@ -317,8 +318,8 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     if untyped := [a.name for a in arguments if a.name not in hints]:
         raise TypeError(f"'{untyped[0]}' of '{name}' needs an annotation: it says type and range.")
     space, *others = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY] or [""]
-    if space not in ("models", "deltas"):
-        raise TypeError(f"The first argument of '{name}' must be called models or deltas, not '{space}'.")
+    if space not in ("models", "deltas", "factors"):
+        raise TypeError(f"The first argument of '{name}' must be called models, deltas or factors, not '{space}'.")
     reductions = {other: mark.by for other in others if (mark := _mark(hints[other], Reduced))}
     if unknown := [other for other in others if other != "base" and other not in reductions]:
         raise TypeError(f"'{name}' takes tensors it does not explain: {', '.join(unknown)}.")

@@ -39,8 +39,10 @@ Models: TypeAlias = Stack
 """The weights of every model, base excluded where the method has a `base` argument."""
 Deltas: TypeAlias = Stack
 """Task vectors: every model's weight minus the base model's."""
+Factors: TypeAlias = Stack
+"""Low-rank changes: the factors of every LoRA adapter, packed as `ops.factors` says."""
 Merged: TypeAlias = Tensor
-"""The merged weight, or the merged task vector."""
+"""The merged weight, the merged task vector, or merged factors."""
 
 
 class Tiles(Protocol):

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 import hf_merge
 from hf_merge.errors import ParameterError
 from hf_merge.method import SUMMARY_LENGTH, MergeMethod, Parameter, get_method, list_methods
+from hf_merge.ops.factors import packed, unpacked
 from hf_merge.types import Stack
 
 NEUTRAL = {"weight": 1.0, "density": 1.0, "scale": 1.0}
@@ -20,6 +21,7 @@ GIVES_MODEL = {"t": 1.0}
 """Values of an interpolation at its two ends; they hold where the range of the parameter is [0, 1]."""
 
 SHAPES = [(), (1,), (5, 1), (1, 1), (0,), (3, 0), (2, 3, 4), (7,), (4, 6)]
+FACTOR_SHAPES = [(1, 2, 1), (1, 2, 4), (3, 2, 1), (4, 2, 6), (6, 2, 3)]
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 3.0, 1e-30, -1e-30, 1e-7, 1e15, -1e15, 1e30]
 POWERS = [-8.0, 0.5, 1.0, 2.0]
 """Factors that float arithmetic multiplies by exactly, and of which no two or three sum to 0."""
@@ -29,10 +31,13 @@ NUMBERS = [-1.25, 0.5, 1.0, 2.0]
 METHODS = [get_method(name) for name in list_methods()]
 DELTAS = [method for method in METHODS if method.space == "deltas"]
 WEIGHTS = [method for method in METHODS if method.space == "models"]
+FACTORS = [method for method in METHODS if method.space == "factors"]
+ENTRIES = [method for method in METHODS if method not in FACTORS]
+"""Methods on tensors of any shape; those on factors are about the products of these."""
 SEEDED = [method for method in METHODS if method.seeded]
 ELEMENTWISE = [method for method in METHODS if method.elementwise]
-MANY = [method for method in METHODS if method.count is None]
-ALONE = [method for method in METHODS if method.takes(1)]
+MANY = [method for method in ENTRIES if method.count is None]
+ALONE = [method for method in ENTRIES if method.takes(1)]
 WITH_BASE = {"required": (True,), "optional": (True, False), "ignored": (False,)}
 USES = [(m, with_base) for m in METHODS for with_base in (WITH_BASE[m.base] if m in WEIGHTS else (False,))]
 """Methods with and without a base in a call on tensors; task vectors are handed over without it."""
@@ -123,6 +128,8 @@ def tensors(shape, elements, dtype=torch.float32):
     )
 
 
+small_number = st.one_of(st.sampled_from([x for x in SPECIAL if abs(x) < 1e15]), st.floats(-1000, 1000, width=32))
+"""Factors are multiplied with each other."""
 any_number = st.one_of(st.sampled_from(SPECIAL), st.floats(-1000, 1000, width=32))
 few_numbers = st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 4.0])
 
@@ -130,8 +137,9 @@ few_numbers = st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 4.0])
 @st.composite
 def merges(draw, method: MergeMethod, *, count=None, elements=any_number, numbers=NUMBERS, dtype=torch.float32):
     """Inputs of a method: models of one shape, a base, and parameters with the seeds."""
-    shape = draw(st.sampled_from(SHAPES))
+    shape = draw(st.sampled_from(FACTOR_SHAPES if method in FACTORS else SHAPES))
     count = method.count or count or draw(st.integers(method.least, 3))
+    elements = small_number if method in FACTORS else elements
     models = [draw(tensors(shape, elements, dtype)) for _ in range(count)]
     return models, draw(tensors(shape, elements, dtype)), draw(parameters_of(method, count, numbers))
 
@@ -167,6 +175,7 @@ def at_half(method: MergeMethod, count: int) -> dict:
 def example(method: MergeMethod, shape=(12, 5), seed=0):
     """Some inputs with gaussian entries."""
     generator = torch.Generator().manual_seed(seed)
+    shape = (6, 2, 5) if method in FACTORS else shape
     models = [torch.randn(shape, generator=generator) for _ in range(method.count or 3)]
     return models, torch.randn(shape, generator=generator)
 
@@ -344,7 +353,7 @@ def test_lambda_scales_what_is_added_to_the_base_and_0_gives_the_base(method):
     torch.testing.assert_close(half - base, (once - base) / 2, rtol=1e-4, atol=1e-6)
 
 
-@each_use(METHODS)
+@each_use(ENTRIES)
 def test_the_engine_computes_what_a_call_on_tensors_does(method, with_base):
     models, base = example(method)
     parameters = {k: v for k, v in at_half(method, len(models)).items() if k != method.seeded and k != "lambda"}
@@ -357,11 +366,55 @@ def test_the_engine_computes_what_a_call_on_tensors_does(method, with_base):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@each_use(METHODS)
+@each_use(ENTRIES)
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 def test_the_engine_merges_empty_tensors(method, with_base, shape):
     models, base = example(method, shape)
     assert merged_by_engine(method, models, base if with_base or method in DELTAS else None).shape == shape
+
+
+# factors
+
+
+def pairs_of(ranks, seed=0, out=9, columns=7):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(out, r, generator=generator), torch.randn(r, columns, generator=generator)) for r in ranks]
+
+
+def change(method, pairs, **parameters):
+    """The change that merged factors stand for, as a matrix."""
+    left, right = unpacked(method(packed(pairs), **parameters), len(pairs[0][0]), pairs[0][1].shape[1])
+    return left @ right
+
+
+@each_method(FACTORS)
+@pytest.mark.parametrize(("out", "columns"), [(9, 7), (7, 9), (3, 2)])
+def test_one_adapter_at_neutral_values_is_left_as_it_is(method, out, columns):
+    ((left, right),) = pairs_of([4], out=out, columns=columns)
+    torch.testing.assert_close(change(method, [(left, right)]), left @ right, rtol=1e-5, atol=1e-5)
+
+
+@each_method(FACTORS)
+def test_the_order_of_adapters_does_not_matter(method):
+    pairs = pairs_of([2, 3, 1])
+    weights = {"weight": [0.5, 2.0, -1.0]}
+    one = change(method, pairs, **weights)
+    other = change(method, pairs[::-1], weight=weights["weight"][::-1])
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@each_method(FACTORS)
+def test_adapters_that_change_nothing_give_nothing(method):
+    nothing = [(torch.zeros(9, 2), right) for _, right in pairs_of([2, 2])]
+    assert change(method, nothing).abs().max() == 0
+
+
+@each_method(FACTORS)
+def test_the_weight_of_an_adapter_scales_its_product(method):
+    ((left, right),) = pairs_of([3])
+    plain = {"normalize": False} if "normalize" in method.parameters else {}
+    found = change(method, [(left, right)], weight=[-2.0], **plain)
+    torch.testing.assert_close(found, -2.0 * left @ right, rtol=1e-4, atol=1e-4)
 
 
 # where and how it runs
