@@ -44,7 +44,7 @@ _TOKEN = ".shared"
 """Says the same to all processes, if they see the same folder."""
 CARRIED = ".carried"
 """What a carrier notes beside the files, so that a resumed run knows which are taken away already."""
-_MODEL_FILES = ("config.json", "modules.json", "model.safetensors", INDEX)
+_MODEL_FILES = ("config.json", "adapter_config.json", "modules.json", "model.safetensors", INDEX)
 _PATIENCE = 20.0  # seconds until a network file system shows what another machine has made
 
 
@@ -199,7 +199,7 @@ class Writer:
                 f"'{self.output}' was begun with another recipe, other inputs or another shard size: "
                 "repeat that call to resume it, or leave resume out to begin again."
             )
-        _empty(self.folder, keep={_LOCK, *((CARRIED, *_tops(self.plan.shards)) if resume and found else ())})
+        emptied(self.folder, keep={_LOCK, *((CARRIED, *_tops(self.plan.shards)) if resume and found else ())})
         state.write_text(fingerprint, encoding="utf-8")
         self._left = [name for name in self.plan.shards if (self.folder / name).is_file()]
         self.finished = {*self._left}
@@ -275,29 +275,15 @@ class Writer:
         (self.folder / _TOKEN).unlink(missing_ok=True)
         self._lock.release()
         (self.folder / _LOCK).unlink(missing_ok=True)
-        if self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
         if self.output.suffix == WEIGHTS:
+            if self.output.is_dir() and not any(self.output.iterdir()):
+                self.output.rmdir()
             (file,) = self.plan.shards
             refuse_existing(self.output, overwrite=self.overwrite)
             (self.folder / file).replace(self.output)
             shutil.rmtree(self.folder)
-        elif not self.output.exists():
-            self.folder.rename(self.output)
         else:
-            refuse_existing(self.output, overwrite=self.overwrite)
-            self._replace_old()
-
-    def _replace_old(self) -> None:
-        """Put the old output aside, and back if the new one cannot take its place."""
-        aside = self.output.with_name(f".{self.output.name}.replaced")
-        self.output.rename(aside)
-        try:
-            self.folder.rename(self.output)
-        except OSError:
-            aside.rename(self.output)
-            raise
-        shutil.rmtree(aside)
+            appear(self.folder, self.output, overwrite=self.overwrite)
 
     def _give_up(self) -> None:
         self.stop()
@@ -306,7 +292,7 @@ class Writer:
         if not finished:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        _empty(self.folder, keep={*_tops(finished), _STATE, CARRIED})
+        emptied(self.folder, keep={*_tops(finished), _STATE, CARRIED})
         logger.warning(
             "%d of %d shards are finished and kept in '%s': repeat the call with resume=True (--resume), "
             "or delete that folder.",
@@ -379,7 +365,7 @@ class _Shard:
         data = memoryview(values.view(-1).view(uint8).numpy())  # type: ignore[arg-type]
         with self._guard:
             file = self._open() if self._file is None else self._file
-        _write_at(file, data, len(self._header) + self.places[name] + start * values.element_size())
+        write_at(file, data, len(self._header) + self.places[name] + start * values.element_size())
         with self._guard:
             self._missing -= len(data)
             if not self._missing:
@@ -401,7 +387,7 @@ class _Shard:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         _reserve(self._file, len(self._header) + self._size)
-        _write_at(self._file, memoryview(self._header), 0)
+        write_at(self._file, memoryview(self._header), 0)
 
     def _finish(self) -> None:
         self.close(synced=True)
@@ -437,6 +423,28 @@ def refuse_existing(output: Path, *, overwrite: bool = False) -> None:
         raise OutputExistsError(f"'{output}' exists and is no model, so it is not overwritten: choose another folder.")
 
 
+def appear(folder: Path, output: Path, *, overwrite: bool) -> None:
+    """Let a whole folder appear as the output, all at once; an old one goes when the new one is in its place.
+
+    Raises:
+        OutputExistsError: something would be lost.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
+    if not output.exists():
+        folder.rename(output)
+        return
+    refuse_existing(output, overwrite=overwrite)
+    aside = output.with_name(f".{output.name}.replaced")
+    output.rename(aside)
+    try:
+        folder.rename(output)
+    except OSError:
+        aside.rename(output)
+        raise
+    shutil.rmtree(aside)
+
+
 def _reserve(file: int, size: int) -> None:
     reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
     try:
@@ -448,7 +456,8 @@ def _reserve(file: int, size: int) -> None:
     return os.ftruncate(file, size)
 
 
-def _write_at(file: int, data: memoryview, offset: int) -> None:
+def write_at(file: int, data: memoryview, offset: int) -> None:
+    """Write all of the data."""
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
@@ -459,7 +468,7 @@ def _tops(files: Iterable[str]) -> set[str]:
     return {file.partition("/")[0] for file in files}
 
 
-def _empty(folder: Path, keep: set[str]) -> None:
+def emptied(folder: Path, keep: set[str]) -> None:
     """Delete everything in a folder but some files."""
     for path in folder.iterdir():
         if path.name not in keep:

@@ -1,0 +1,151 @@
+"""Which module each tensor of a model belongs to, and how PEFT can keep a change of it. Read from config.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_merge import _compat
+from hf_merge.adapters.parts import Part
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's modules as PEFT sees them.
+
+    Attributes:
+        parts: of every parameter and buffer, by its name in memory. Tensors of a module that is kept whole share one.
+        tables: names in checkpoints and in memory, and the ways between them.
+        tied: names in memory that share their values with another.
+    """
+
+    parts: Mapping[str, Part]
+    tables: _compat.Conversion
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        return self.tables.tied
+
+    def live(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the parameter that each tensor of a checkpoint becomes, or becomes part of."""
+        return self.tables.live(names)
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout | None:
+    """Build the model of a config.json without weights and look at its modules; None if transformers cannot."""
+    return _layout(json.dumps(config, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _layout(config: str) -> Layout | None:
+    model = _compat.empty_model(json.loads(config))
+    if model is None:
+        return None
+    inside = {f"{path}." for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    parts = {name: part for path, module in model.named_modules()
+             for name, part in _of_module(path, module, apart=f"{path}.".startswith(tuple(inside) or ("\0",)))}  # fmt: skip
+    tables = _compat.Conversion(model)
+    alias = {name: parts[other] for name, other in tables.tied.items() if name not in parts and other in parts}
+    return Layout({**alias, **parts}, tables)
+
+
+def _of_module(path: str, module: nn.Module, *, apart: bool) -> Iterator[tuple[str, Part]]:
+    """Yield (name in memory, part) for all that a module itself holds.
+
+    Args:
+        path: of the module.
+        module: the module.
+        apart: whether an attention of torch's owns it, which reads the weights without asking the module.
+    """
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items() if "." not in name
+    }
+    before = f"{path}." if path else ""
+    for name, shape in shapes.items():
+        kind = "none" if apart or not path else _kind(module, name, shapes)
+        owner = path if kind not in ("experts", "none") else before + name
+        yield (
+            before + name,
+            Part(
+                module=owner,
+                kind=kind,
+                shape=() if kind == "whole" else shapes["weight"] if kind == "bias" else shape,
+                turned=_is_turned(module, kind, shape),
+                place=[*shapes].index(name) if kind == "experts" else 0,
+            ),
+        )
+
+
+def _kind(module: nn.Module, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Say how PEFT keeps a change of a module's tensor."""
+    factored = _factored(module)
+    if factored and name in ("weight", "bias"):
+        return factored if name == "weight" else "bias" if factored != "embedding" else "none"
+    if any(len(shape) == 3 for shape in shapes.values()) and not _holds_modules(module):
+        return "experts" if len(shapes[name]) in (2, 3) else "none"
+    return "none" if _holds_modules(module) else "whole"
+
+
+def _factored(module: nn.Module) -> str | None:
+    """Say by which layer PEFT adapts a module; None if by none, or by one that would not do what the module does."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
+        return "linear"
+    if isinstance(module, _CONVOLUTIONS):
+        return "conv" if module.groups == 1 and not module.transposed and module.padding_mode == "zeros" else None
+    if isinstance(module, nn.Embedding):
+        known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if known and module.max_norm is None else None
+    return None
+
+
+def _is_turned(module: nn.Module, kind: str, shape: tuple[int, ...]) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    if kind == "experts":
+        return len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+    return isinstance(module, Conv1D) and kind in ("linear", "bias")
+
+
+def _holds_modules(module: nn.Module) -> bool:
+    """Tell whether modules with parameters lie in a module (activations have none)."""
+    return any(next(child.parameters(), None) is not None for child in module.children())
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's word for what a model does, where that asks for nothing more than the adapter."""
+    words = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+    architecture = next(iter(config.get("architectures") or ()), "")
+    return words.get(_compat.auto_class_name(architecture))
+
+
+def auto_mapping(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Say which class PEFT loads the base with, where no task type does."""
+    import transformers
+
+    found = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    return None if found is None else {"base_model_class": found.__name__, "parent_library": found.__module__}
+
+
+def sizes(part: Part, rank: int) -> int:
+    """Return how many numbers the factors of a part have."""
+    rows, columns = part.sides
+    return part.experts * rank * (rows + columns)
+
+
+def largest_rank(part: Part) -> int:
+    """Return the rank that holds every change of a part."""
+    return max(1, min(part.sides))
+
+
+def as_spec(shape: tuple[int, ...]) -> torch.Size:
+    return torch.Size(shape)
