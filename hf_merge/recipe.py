@@ -73,6 +73,9 @@ class Recipe(Part):
         tokenizer: of the result, and the rows of its tokens; the base's files as they are if not given.
         tokenizer_source: short for `tokenizer: {source: ..}`.
         chat_template: `auto`, a built-in name, or Jinja (the text of a file, once it is read).
+        space: where adapters are merged with each other: in the joint spaces of their factors (core, the default), as
+            full matrices, or A and B apart (factors), which is what PEFT's `linear` does and is wrong but for
+            adapters that share one of them.
         name: by which other documents of the same file refer to the result.
         stages: the other documents: named merges whose results this one merges.
     """
@@ -94,6 +97,7 @@ class Recipe(Part):
     tokenizer: TokenizerOptions | None = None
     tokenizer_source: TokenizerSource | None = None
     chat_template: ChatTemplate | None = None
+    space: Literal["core", "full", "factors"] | None = None
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
 

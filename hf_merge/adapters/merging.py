@@ -1,0 +1,406 @@
+"""Adapters merged with each other into an adapter: no weights of their base are read.
+
+The recipe's method runs on the adapters' changes as a space shows them (sources.core); what comes out becomes factors
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_merge.adapters.parts import PREFIX, Finished, Part, Slot, stored, stored_bias
+from hf_merge.errors import SourceError
+from hf_merge.method import get_method
+from hf_merge.ops.factors import unpacked
+from hf_merge.ops.lowrank import LowRank, Rank, truncate
+from hf_merge.planner import make_plan
+from hf_merge.planning import Plan, Problem
+from hf_merge.recipe import Recipe
+from hf_merge.schema import Rule
+from hf_merge.sources import Source
+from hf_merge.sources.core import SPACES, AdapterSource, Change, Core, Space, Unchanged, Units
+from hf_merge.sources.lora import Lora
+from hf_merge.types import ModelRef, Ref
+
+SUM = "sum"
+"""The word for the rank that keeps all: at most the sum of the adapters' ranks."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A merge of adapters, ready to be executed.
+
+    Attributes:
+        plan: its steps are the changes of modules, and what adapters carry as it is.
+        sources: the plan's models, in its order.
+        slots: what becomes of each tensor of the plan.
+        base_model: where PEFT finds the base: a Hub id or a path.
+        revision: of the base.
+        task_type: PEFT's word for what the model does.
+        dtype: of what is written.
+        extra_config: further fields of adapter_config.json.
+    """
+
+    plan: Plan
+    sources: list[Source]
+    slots: Mapping[str, Slot]
+    base_model: str | None
+    revision: str | None
+    task_type: str | None
+    dtype: torch.dtype
+    extra_config: Mapping[str, Any]
+
+
+def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> Joined:
+    """Plan a merge of adapters into an adapter.
+
+    Args:
+        recipe: all its models are adapters; its base_model is one of them, or names the model they belong to.
+        adapters: the recipe's adapters.
+
+    Raises:
+        SourceError: they do not go together.
+        RecipeError: the recipe asks for what cannot be done with adapters.
+    """
+    loras = [*adapters.values()]
+    _refuse_unmergeable(loras)
+    space = _space(recipe)(loras)
+    base, problems = _base(recipe, adapters)
+    labels = zip(adapters, range(len(loras)), strict=True)
+    sources: dict[Ref, Source] = {ref: AdapterSource(space, i, str(ref)) for ref, i in labels}
+    planned = _planned(recipe, base, loras)
+    if planned.base_model is not None and planned.base_model not in sources:
+        label = str(planned.base_model)
+        sources[planned.base_model] = Unchanged(space, label, None if Path(label).exists() else label)
+    problems += [*_doubts(recipe, loras)]
+    made = make_plan(planned, sources, problems=problems)
+    again = {"output_format": "adapter", "base_model": planned.base_model}
+    return Joined(
+        plan=replace(made, recipe=recipe.model_copy(update=again)),
+        sources=[*sources.values()],
+        slots=dict(_slots(space, loras, recipe)),
+        base_model=base,
+        revision=_first(loras, "revision"),
+        task_type=_first(loras, "task_type"),
+        dtype=_dtype(recipe, loras),
+        extra_config=dict(_extra(loras)),
+    )
+
+
+def _space(recipe: Recipe) -> type[Space]:
+    """Choose how changes are shown: methods on factors see these, whatever the recipe's space."""
+    on_factors = {name: get_method(name).space == "factors" for name in _methods(recipe)}
+    if not any(on_factors.values()):
+        return SPACES[recipe.space or "core"]
+    if not all(on_factors.values()):
+        some, other = (next(name for name, is_so in on_factors.items() if is_so is one) for one in (True, False))
+        raise SourceError(f"'{some}' merges factors and '{other}' matrices: use one kind of method in a recipe.")
+    return Units
+
+
+def _methods(recipe: Recipe) -> list[str]:
+    """Name the methods of a recipe."""
+    further = [*(rule.merge_method for rule in recipe.rules), *(part.merge_method for part in recipe.parts.values())]
+    return list(dict.fromkeys([recipe.merge_method, *(name for name in further if name)]))
+
+
+def _base(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> tuple[str | None, list[Problem]]:
+    """Find the model that all adapters belong to; the recipe's own word for it wins."""
+    named: dict[str, str] = {}
+    for lora in adapters.values():
+        if found := lora.config.get("base_model_name_or_path"):
+            named.setdefault(str(found), lora.source.label)
+    own = recipe.base_model if recipe.base_model not in adapters else None
+    if own is None and len(named) > 1:
+        (one, first), (other, second) = list(named.items())[:2]
+        raise SourceError(
+            f"'{first}' belongs to '{one}', '{second}' to '{other}': merge adapters of one base. "
+            "If both names mean the same model, say which to write: base_model= and output_format='adapter'."
+        )
+    others = [name for name in named if own is not None and name != str(own)]
+    told = f"Adapters of {', '.join(map(repr, others))} are merged as adapters of '{own}', as base_model says."
+    return str(own) if own else next(iter(named), None), [Problem("warning", told)] if others else []
+
+
+def _planned(recipe: Recipe, base: str | None, loras: Sequence[Lora]) -> Recipe:
+    """Return the recipe for the plan: task vectors have the unchanged base for a base, all modules take part.
+
+    Methods on factors do not know what to do with tensors that are none: these are averaged.
+    """
+    needed = any(get_method(name).base == "required" for name in _methods(recipe))
+    unchanged = ModelRef(path=base or "base model") if needed else None
+    is_adapter = recipe.base_model is not None and recipe.base_model in recipe.merged
+    carried = {name for lora in loras for name in _carried_names(lora)}
+    average = [Rule(pattern=f"[{name[0]}]{name[1:]}", merge_method="linear") for name in sorted(carried)]
+    return recipe.model_copy(
+        update={
+            "base_model": recipe.base_model if is_adapter or _is_reference(recipe, loras) else unchanged,
+            "rules": (*recipe.rules, *(average if _space(recipe) is Units else ())),
+            "keys": "union",
+            "dtype": None,
+            "out_dtype": None,
+        }
+    )
+
+
+def _is_reference(recipe: Recipe, loras: Sequence[Lora]) -> bool:
+    """Tell whether the recipe's base is one of the adapters."""
+    return recipe.base_model is not None and len(loras) == len(recipe.references)
+
+
+def _carried_names(lora: Lora) -> Iterator[str]:
+    """Yield the names of tensors in a plan that are no factors."""
+    yield from lora.whole
+    yield from (f"{module}.trainable_tokens_delta" for module in lora.tokens)
+    for module, own in lora.factored.items():
+        yield from (f"{module}.bias",) if own.bias else ()
+        yield from (f"{module}.lora_magnitude_vector",) if own.magnitude else ()
+
+
+def _refuse_unmergeable(loras: Sequence[Lora]) -> None:
+    """Refuse what cannot be merged without the base's weights."""
+    with_norms = {lora.source.label: any(own.magnitude for own in lora.factored.values()) for lora in loras}
+    if any(with_norms.values()):
+        plain = next((label for label, is_dora in with_norms.items() if not is_dora), None)
+        modules = [set(lora.factored) for lora in loras]
+        if plain is not None or any(found != modules[0] for found in modules):
+            told = f"'{plain}' is none" if plain else "they change different modules"
+            raise SourceError(
+                f"DoRA adapters merge with DoRA adapters of the same modules, and {told}: write base+adapter for each, "
+                "with base_model= and output_format='adapter', which merges what they do to the base's weights."
+            )
+    rows = {str(lora.config.get("trainable_token_indices")): lora.source.label for lora in loras if lora.tokens}
+    if len(rows) > 1:
+        one, other = [*rows.values()][:2]
+        raise SourceError(
+            f"'{one}' and '{other}' train different tokens (trainable_token_indices): merge them one by one."
+        )
+    for lora in loras:
+        if twice := [f"{module}.weight" for module in lora.factored if f"{module}.weight" in lora.whole]:
+            raise SourceError(
+                f"'{lora.source.label}' changes '{twice[0]}' and also holds all of it: save it again with "
+                "save_embedding_layers=False, or merge it into its base first."
+            )
+
+
+def _doubts(recipe: Recipe, loras: Sequence[Lora]) -> Iterator[Problem]:
+    """Yield what the user should know."""
+    if recipe.space == "factors":
+        yield Problem(
+            "warning",
+            "space: factors merges A and B apart, as PEFT's 'linear' does: the product of two averages is not the "
+            "average of the products, but for adapters that share A or B. space: core merges the products.",
+        )
+    if any(own.magnitude for lora in loras for own in lora.factored.values()):
+        yield Problem(
+            "warning", "DoRA: directions (B A) and norms are merged apart, which is not a merge of the weights."
+        )
+    names = [set(_carried_names(lora)) - {f"{module}.bias" for module in lora.factored} for lora in loras]
+    if partial_names := sorted(set().union(*names) - set.intersection(*names)):
+        yield Problem(
+            "warning", "Not all adapters hold these tensors; they are merged from those that do.", tuple(partial_names)
+        )
+    tasks = {str(lora.config["task_type"]): lora.source.label for lora in loras if lora.config.get("task_type")}
+    if len(tasks) > 1:
+        told = ", ".join(f"'{label}' for {task}" for task, label in tasks.items())
+        yield Problem("warning", f"The adapters are for different tasks ({told}); the result says {next(iter(tasks))}.")
+
+
+def _first(loras: Sequence[Lora], field: str) -> Any:
+    return next((lora.config[field] for lora in loras if lora.config.get(field)), None)
+
+
+def _dtype(recipe: Recipe, loras: Sequence[Lora]) -> torch.dtype:
+    """Return the dtype that is written: the recipe's, or one that holds all factors."""
+    if said := recipe.out_dtype or recipe.dtype:
+        return getattr(torch, said)
+    return reduce(
+        torch.promote_types, [lora.source.specs[own.left].dtype for lora in loras for own in lora.factored.values()]
+    )
+
+
+def _extra(loras: Sequence[Lora]) -> Iterator[tuple[str, Any]]:
+    """Yield fields of adapter_config.json that say what plain LoRA does not."""
+    if any(own.magnitude for lora in loras for own in lora.factored.values()):
+        yield "use_dora", True
+    for field in ("bias", "trainable_token_indices"):
+        found = _first(loras, field)
+        if found is not None and found != "none":
+            yield field, found
+
+
+def _slots(space: Space, loras: Sequence[Lora], recipe: Recipe) -> Iterator[tuple[str, Slot]]:
+    """Yield (name in the plan, what becomes of it)."""
+    rank = None if recipe.rank == SUM else recipe.rank
+    places: dict[str, int] = {}
+    for change in space.changes.values():
+        part = _part(change, loras, places)
+        if isinstance(space, Core):
+            yield change.name, CoreSlot(part, space, change, rank)
+        elif len(names := [*space.specs(change)]) == 1:
+            yield names[0], ProductSlot(part, change, rank, _halves if isinstance(space, Units) else _whole)
+        else:
+            slot = ProductSlot(part, change, rank, _apart)
+            yield from ((name, slot) for name in names)
+        if any(own and own.bias for own in change.own):
+            yield f"{change.module}.bias", BiasSlot(replace(part, kind="bias"))
+    yield from _carried_slots(loras)
+
+
+def _part(change: Change, loras: Sequence[Lora], places: dict[str, int]) -> Part:
+    """Describe a change as the writer knows it."""
+    turned = change.kind == "linear" and any(
+        lora.config.get("fan_in_fan_out") for lora, own in zip(loras, change.own, strict=True) if own
+    )
+    shape = (*change.stack, change.out, *change.columns)
+    if turned or change.kind == "embedding":
+        shape = shape[::-1]
+    owner = change.module.rpartition(".")[0]
+    places[owner] = places.get(owner, -1) + 1
+    return Part(change.module, change.kind, shape, turned, places[owner] if change.experts else 0)  # type: ignore[arg-type]
+
+
+def _carried_slots(loras: Sequence[Lora]) -> Iterator[tuple[str, Slot]]:
+    """Yield slots of what is written as it is merged: a module that is saved whole has one for all its tensors."""
+    shared: dict[str, KeptSlot] = {}
+    for lora in loras:
+        saved = tuple(lora.config.get("modules_to_save") or ())
+        keys = {**lora.whole, **{f"{m}.trainable_tokens_delta": key for m, key in lora.tokens.items()}}
+        keys |= {f"{m}.lora_magnitude_vector": own.magnitude for m, own in lora.factored.items() if own.magnitude}
+        for name, key in keys.items():
+            module = name.rpartition(".")[0]
+            whole = name in lora.whole and f".{module}".endswith(tuple(f".{one}" for one in saved) or "\0")
+            place = module if whole else name
+            written = PREFIX + name if whole else key
+            slot = shared.setdefault(place, KeptSlot(Part(place, "whole" if whole else "none"), []))
+            if written not in slot.keys:
+                slot.keys.append(written)
+                yield name, slot
+
+
+@dataclass(frozen=True, eq=False)
+class CoreSlot:
+    """Turns a merged core into factors.
+
+    Attributes:
+        part: of the base.
+        space: which knows the bases.
+        change: of that part.
+        rank: of the factors, the share of energy they keep, or None for all of it.
+    """
+
+    part: Part
+    space: Core
+    change: Change
+    rank: Rank | None
+
+    def finish(self, *merged: Tensor) -> Finished:
+        """Truncate the core, and leave its coordinates."""
+        (core,) = merged
+        left, right = self.space.bases(self.change)
+        self.space.release(self.change)
+        return _finished(self.part, core, self.rank, left, right)
+
+
+@dataclass(frozen=True, eq=False)
+class ProductSlot:
+    """Turns merged changes that are no cores into factors.
+
+    Attributes:
+        part: of the base.
+        change: of that part.
+        rank: as of `CoreSlot`.
+        read: how (left, right) or the whole change lie in the merged tensors.
+    """
+
+    part: Part
+    change: Change
+    rank: Rank | None
+    read: Callable[[Change, Sequence[Tensor]], tuple[Tensor, Tensor] | Tensor]
+
+    def finish(self, *merged: Tensor) -> Finished:
+        """Decompose the change, or take its factors as they are if nothing is asked of their rank."""
+        found = self.read(self.change, merged)
+        if isinstance(found, Tensor):
+            return _finished(self.part, found, self.rank)
+        left, right = found
+        if self.rank is None and left.abs().max() > 0 and right.abs().max() > 0:
+            return Finished(stored(self.part, left, right), left.shape[-1], kept=1.0)
+        (left, small), (right, other) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+        return _finished(self.part, small @ other.mT, self.rank, left, right)
+
+
+def _whole(change: Change, merged: Sequence[Tensor]) -> Tensor:
+    return merged[0].reshape(*change.stack, change.out, change.into)
+
+
+def _halves(change: Change, merged: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    units = merged[0]
+    used = units.abs().amax(-1).amin(-1) > 0  # of two vectors, neither is zero
+    return unpacked(units[used], change.out, change.into)
+
+
+def _apart(change: Change, merged: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    right, left = merged
+    return left, right
+
+
+def _finished(
+    part: Part, core: Tensor, rank: Rank | None, left: Tensor | None = None, right: Tensor | None = None
+) -> Finished:
+    """Factorise left core right^T; without bases, the core is the change itself."""
+    cores = core if core.dim() == 3 else core[None]
+    found = [truncate(one, rank) for one in cores]
+    energy = [one.double().square().sum().item() for one in cores]
+    if not sum(energy):
+        return Finished(energy=0.0)
+    lefts, rights = _of_one_rank(found)
+    if left is not None and right is not None:
+        lefts, rights = left.reshape(-1, *left.shape[-2:]) @ lefts, rights @ right.reshape(-1, *right.shape[-2:]).mT
+    kept = sum(one.kept * share for one, share in zip(found, energy, strict=True)) / sum(energy)
+    if core.dim() < 3:
+        lefts, rights = lefts[0], rights[0]
+    return Finished(stored(part, lefts, rights), max(one.rank for one in found), min(kept, 1.0), None, sum(energy))
+
+
+def _of_one_rank(found: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """Stack factors, with zeros up to the largest rank of them."""
+    rank = max(one.rank for one in found)
+    lefts = [torch.nn.functional.pad(one.left, (0, rank - one.rank)) for one in found]
+    rights = [torch.nn.functional.pad(one.right, (0, 0, 0, rank - one.rank)) for one in found]
+    return torch.stack(lefts), torch.stack(rights)
+
+
+@dataclass(frozen=True, eq=False)
+class BiasSlot:
+    """Takes the change of a bias."""
+
+    part: Part
+
+    def finish(self, *merged: Tensor) -> Finished:
+        """Return it under PEFT's name."""
+        return Finished(stored_bias(self.part, merged[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptSlot:
+    """Takes tensors that are written as they were merged.
+
+    Attributes:
+        part: what they belong to.
+        keys: their names in the adapter.
+    """
+
+    part: Part
+    keys: list[str]
+
+    def finish(self, *merged: Tensor) -> Finished:
+        """Return them under their names."""
+        return Finished({key: tensor.clone() for key, tensor in zip(self.keys, merged, strict=True)})
