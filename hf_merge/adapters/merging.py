@@ -25,7 +25,7 @@ from hf_merge.planning import Plan, Problem
 from hf_merge.recipe import Recipe
 from hf_merge.schema import Rule
 from hf_merge.sources import Source
-from hf_merge.sources.core import SPACES, AdapterSource, Change, Core, Space, Unchanged, Units
+from hf_merge.sources.core import SPACES, AdapterSource, Change, Core, Space, Unchanged, Units, carried
 from hf_merge.sources.lora import Lora
 from hf_merge.types import ModelRef, Ref
 
@@ -137,8 +137,8 @@ def _planned(recipe: Recipe, base: str | None, loras: Sequence[Lora]) -> Recipe:
     needed = any(get_method(name).base == "required" for name in _methods(recipe))
     unchanged = ModelRef(path=base or "base model") if needed else None
     is_adapter = recipe.base_model is not None and recipe.base_model in recipe.merged
-    carried = {name for lora in loras for name in _carried_names(lora)}
-    average = [Rule(pattern=f"[{name[0]}]{name[1:]}", merge_method="linear") for name in sorted(carried)]
+    others = sorted({name for lora in loras for name in _unfactored(lora)})
+    average = [Rule(pattern=f"[{name[0]}]{name[1:]}", merge_method="linear") for name in others]
     return recipe.model_copy(
         update={
             "base_model": recipe.base_model if is_adapter or _is_reference(recipe, loras) else unchanged,
@@ -155,13 +155,9 @@ def _is_reference(recipe: Recipe, loras: Sequence[Lora]) -> bool:
     return recipe.base_model is not None and len(loras) == len(recipe.references)
 
 
-def _carried_names(lora: Lora) -> Iterator[str]:
-    """Yield the names of tensors in a plan that are no factors."""
-    yield from lora.whole
-    yield from (f"{module}.trainable_tokens_delta" for module in lora.tokens)
-    for module, own in lora.factored.items():
-        yield from (f"{module}.bias",) if own.bias else ()
-        yield from (f"{module}.lora_magnitude_vector",) if own.magnitude else ()
+def _unfactored(lora: Lora) -> set[str]:
+    """Name the tensors of a plan that are no factors."""
+    return {*carried(lora), *(f"{module}.bias" for module, own in lora.factored.items() if own.bias)}
 
 
 def _refuse_unmergeable(loras: Sequence[Lora]) -> None:
@@ -173,8 +169,8 @@ def _refuse_unmergeable(loras: Sequence[Lora]) -> None:
         if plain is not None or any(found != modules[0] for found in modules):
             told = f"'{plain}' is none" if plain else "they change different modules"
             raise SourceError(
-                f"DoRA adapters merge with DoRA adapters of the same modules, and {told}: write base+adapter for each, "
-                "with base_model= and output_format='adapter', which merges what they do to the base's weights."
+                f"DoRA adapters merge with DoRA adapters of the same modules, and {told}: write base+adapter for "
+                "each, with base_model= and output_format='adapter', which merges what they make of the base's weights."
             )
     rows = {str(lora.config.get("trainable_token_indices")): lora.source.label for lora in loras if lora.tokens}
     if len(rows) > 1:
@@ -182,12 +178,6 @@ def _refuse_unmergeable(loras: Sequence[Lora]) -> None:
         raise SourceError(
             f"'{one}' and '{other}' train different tokens (trainable_token_indices): merge them one by one."
         )
-    for lora in loras:
-        if twice := [f"{module}.weight" for module in lora.factored if f"{module}.weight" in lora.whole]:
-            raise SourceError(
-                f"'{lora.source.label}' changes '{twice[0]}' and also holds all of it: save it again with "
-                "save_embedding_layers=False, or merge it into its base first."
-            )
 
 
 def _doubts(recipe: Recipe, loras: Sequence[Lora]) -> Iterator[Problem]:
@@ -202,7 +192,7 @@ def _doubts(recipe: Recipe, loras: Sequence[Lora]) -> Iterator[Problem]:
         yield Problem(
             "warning", "DoRA: directions (B A) and norms are merged apart, which is not a merge of the weights."
         )
-    names = [set(_carried_names(lora)) - {f"{module}.bias" for module in lora.factored} for lora in loras]
+    names = [set(carried(lora)) for lora in loras]
     if partial_names := sorted(set().union(*names) - set.intersection(*names)):
         yield Problem(
             "warning", "Not all adapters hold these tensors; they are merged from those that do.", tuple(partial_names)
@@ -272,11 +262,9 @@ def _carried_slots(loras: Sequence[Lora]) -> Iterator[tuple[str, Slot]]:
     shared: dict[str, KeptSlot] = {}
     for lora in loras:
         saved = tuple(lora.config.get("modules_to_save") or ())
-        keys = {**lora.whole, **{f"{m}.trainable_tokens_delta": key for m, key in lora.tokens.items()}}
-        keys |= {f"{m}.lora_magnitude_vector": own.magnitude for m, own in lora.factored.items() if own.magnitude}
-        for name, key in keys.items():
+        for name, key in carried(lora).items():
             module = name.rpartition(".")[0]
-            whole = name in lora.whole and f".{module}".endswith(tuple(f".{one}" for one in saved) or "\0")
+            whole = name in lora.whole and bool(saved) and module.endswith(saved)  # PEFT's rule
             place = module if whole else name
             written = PREFIX + name if whole else key
             slot = shared.setdefault(place, KeptSlot(Part(place, "whole" if whole else "none"), []))

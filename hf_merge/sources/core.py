@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_merge.errors import SourceError
 from hf_merge.ops.factors import packed
 from hf_merge.sources.base import Source
-from hf_merge.sources.lora import Factored, Lora
+from hf_merge.sources.lora import PREFIX, Factored, Lora
 from hf_merge.types import TensorSpec
 
 Pair = tuple[Tensor, Tensor]
@@ -253,9 +253,9 @@ class AdapterSource(Source):
         source = self.lora.source
         self.public_id, self.revision = source.public_id, source.revision
         self._reads = dict(_shown(space, adapter))
-        self._keys = dict(_carried(self.lora))
-        carried = {name: source.specs[key] for name, key in self._keys.items()}
-        self.specs = {**{name: spec for name, (spec, _, _) in self._reads.items()}, **carried}
+        self._keys = carried(self.lora)
+        as_they_are = {name: source.specs[key] for name, key in self._keys.items()}
+        self.specs = {**{name: spec for name, (spec, _, _) in self._reads.items()}, **as_they_are}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._reads[name][1]() if name in self._reads else self.lora.source[self._keys[name]]
@@ -337,13 +337,16 @@ def _bias(space: Space, change: Change, adapter: int) -> Tensor:
     return finite(space.loras[adapter].source, own.bias).double() * own.scale
 
 
-def _carried(lora: Lora) -> Iterator[tuple[str, str]]:
-    """Yield (name, key) of the tensors that are merged as they are."""
-    yield from lora.whole.items()
-    yield from ((f"{module}.trainable_tokens_delta", key) for module, key in lora.tokens.items())
-    for module, own in lora.factored.items():
-        if own.magnitude:
-            yield f"{module}.lora_magnitude_vector", own.magnitude
+def carried(lora: Lora) -> dict[str, str]:
+    """Return the keys of an adapter's tensors that are merged as they are, by name.
+
+    Of an embedding that is changed and held whole as well, as PEFT saves it, the whole has a name of its own.
+    """
+    changed = {f"{module}.weight" for module in lora.factored}
+    found = {key.removeprefix(PREFIX) if name in changed else name: key for name, key in lora.whole.items()}
+    found |= {f"{module}.trainable_tokens_delta": key for module, key in lora.tokens.items()}
+    norms = {f"{module}.lora_magnitude_vector": own.magnitude for module, own in lora.factored.items()}
+    return found | {name: key for name, key in norms.items() if key}
 
 
 def _change(module: str, loras: Sequence[Lora]) -> Change:
