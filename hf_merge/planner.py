@@ -247,6 +247,9 @@ class _Planner:
 
     def _problems_of_cast(self, cast: _Cast, *, is_rule: bool) -> Iterator[Problem]:
         method, found = cast.method, len(cast.inputs)
+        if method.space == "factors" and not all(self.sources[one.place].packed for one in cast.inputs):
+            told = "merges LoRA adapters with each other, not models: name adapters alone, or choose another method."
+            yield Problem("error", f"'{method.name}' {told}")
         if method.base == "required" and cast.base is None:
             what = "merges task vectors" if method.space == "deltas" else "merges a model into a base"
             yield Problem(

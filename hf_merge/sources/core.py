@@ -251,7 +251,8 @@ class AdapterSource(Source):
     def __init__(self, space: Space, adapter: int, label: str):
         self.lora, self.label = space.loras[adapter], label
         source = self.lora.source
-        self.public_id, self.revision = source.public_id, source.revision
+        self.public_id, self.revision, self.gated = source.public_id, source.revision, source.gated
+        self.packed = isinstance(space, Units)
         self._reads = dict(_shown(space, adapter))
         self._keys = carried(self.lora)
         as_they_are = {name: source.specs[key] for name, key in self._keys.items()}
