@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
                 case.runs.append(case.run())
         slopes = _slopes(options, Path(scratch))
         shared = _process_rows(options, Path(scratch)) if options.processes else []
-    tables = [_table(COLUMNS, _rows(cases)), *([_table(SLOPE_COLUMNS, _slope_rows(slopes))] if slopes else [])]
-    tables += [_table(PROCESS_COLUMNS, shared)] if shared else []
-    tables += [_table(ROW_COLUMNS, [row_cells(options.rows, options.runs)])] if options.rows else []
-    tables += [_table(LOADING_COLUMNS, loading_rows(options.large, options.runs))] if options.on_load else []
+    tables = [table(COLUMNS, _rows(cases)), *([table(SLOPE_COLUMNS, _slope_rows(slopes))] if slopes else [])]
+    tables += [table(PROCESS_COLUMNS, shared)] if shared else []
+    tables += [table(ROW_COLUMNS, [row_cells(options.rows, options.runs)])] if options.rows else []
+    tables += [table(LOADING_COLUMNS, loading_rows(options.large, options.runs))] if options.on_load else []
     text = "\n\n".join(tables)
     print(text)
     if options.json:
@@ -244,7 +244,7 @@ def _slope_rows(slopes: dict[str, list[list[float]]]) -> list[list[str]]:
     return rows
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.__main__ import table
 from benchmarks.checkpoints import llama_shapes
 
 COLUMNS = ("case", "GB in", "GB out", "wall s", "bus s", "wall / bus", "peak GB", "CPU s", "CPU / wall")
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     """Run the benchmark; return the Markdown that was printed."""
     options = _options(arguments)
     device = options.device or _first_accelerator()
-    text = "There is no GPU." if device is None else _table(_rows(options, device))
+    text = "There is no GPU." if device is None else table(COLUMNS, _rows(options, device))
     print(text)
     return text
 
@@ -167,11 +168,6 @@ def _rate(target: Tensor, source: Tensor, device: str, turns: int = 20) -> float
         target.copy_(source, non_blocking=True)
     wait(device)
     return turns * source.numel() / (time.perf_counter() - begin)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -152,11 +152,11 @@ class Core(Space):
     def _decomposed(self, change: Change) -> tuple[Tensor, Tensor, list[Tensor]]:
         with self._locks[change.module]:
             if change.module not in self._known:
-                self._known[change.module] = _cores(self.pairs(change))
+                self._known[change.module] = cores(self.pairs(change))
             return self._known[change.module]
 
 
-def _cores(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def cores(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return Q_B, Q_A and every adapter's core, by QR of the factors side by side."""
     left, left_parts = torch.linalg.qr(torch.cat([left for left, _ in pairs], dim=-1))
     right, right_parts = torch.linalg.qr(torch.cat([right for _, right in pairs], dim=-2).mT)
