@@ -1,7 +1,7 @@
 """Finished parts -> adapter_model.safetensors and adapter_config.json, in a folder that appears when it is whole.
 
-Which modules change, and at which rank, is known when all is merged. Until then the factors lie in one file beside, each
-where there was room; then the header is written, and behind it the factors in the order of their names.
+Which modules change, and at which rank, is known when all is merged. Until then the factors lie in one file beside,
+each where there was room; then the header is written, and behind it the factors in the order of their names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from hf_merge.adapters.parts import FACTORED, PREFIX, Finished, Part, Slot, stored, stored_bias, widened
-from hf_merge.adapters.settings import adapter_config, ranks_to_write, refuse_for_vllm
+from hf_merge.adapters.parts import FACTORED, PREFIX, Finished, Part, Slot, stored_bias, widened
+from hf_merge.adapters.settings import Biases, adapter_config, ranks_to_write, refuse_for_vllm
 from hf_merge.errors import ComputeError, OutputError
 from hf_merge.planning import Plan
 from hf_merge.types import DTYPE_NAMES, TensorSpec
@@ -69,6 +69,7 @@ class AdapterWriter:
 
     Attributes:
         folder: where files are put that belong to the adapter.
+        carrier: of files; none takes an adapter away piece by piece.
 
     Raises:
         OutputExistsError: the output exists and is not empty.
@@ -100,7 +101,7 @@ class AdapterWriter:
         self._guard, self._end = Lock(), 0
         self._kept: dict[Part, Kept] = {}
         self._config: dict[str, Any] | None = None
-        self.folder = partial_folder(output)
+        self.carrier, self.folder = None, partial_folder(output)
         self._lock = FileLock(self.folder / _LOCK, blocking=False)
         refuse_existing(output, overwrite=overwrite)
         try:
@@ -122,6 +123,17 @@ class AdapterWriter:
 
     def __enter__(self) -> AdapterWriter:
         return self
+
+    def is_finished(self, tensor: str) -> bool:
+        """Tell whether a tensor need not be computed."""
+        return tensor not in self._slots
+
+    def sizes_before(self) -> list[int]:
+        """Return the bytes of tensors of an earlier run: an adapter begins afresh."""
+        return []
+
+    def stop(self) -> None:
+        """Give up: nobody waits in `write`."""
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Take elements of a merged tensor, beginning with the one of index `start`. Safe to call from many threads.
@@ -206,9 +218,7 @@ class AdapterWriter:
 
     def _write_weights(self, kept: Sequence[Kept]) -> None:
         """Decide ranks and names, then write header and tensors."""
-        present = _to_write(kept)
-        bias = any(one.part.kind == "bias" for one in present)
-        present += list(_zeros_for_biases(present)) if bias else []
+        present, bias = _with_biases(_to_write(kept))
         if self.vllm:
             refuse_for_vllm(one.part for one in present)
         ranks = {one.part: one.finished.rank for one in present if one.part.kind in FACTORED}
@@ -318,24 +328,40 @@ def _to_write(kept: Sequence[Kept]) -> list[Kept]:
     return [one for one in kept if one.places and (one.part.kind != "whole" or one.part in taken)]
 
 
-def _zeros_for_biases(present: Sequence[Kept]) -> Iterator[Kept]:
-    """Yield what PEFT asks for beside a changed bias: factors for its module, and a bias for every other module."""
-    factored = {one.part.module: one for one in present if one.part.kind == "linear" or one.part.kind == "conv"}
+def _with_biases(present: Sequence[Kept]) -> tuple[list[Kept], Biases]:
+    """Choose how biases are kept: beside the factors of their modules, or, where PEFT forbids that, in the base's place.
+
+    It forbids that where an embedding or experts have factors, or a module without a bias.
+    """
+    factored = {one.part.module: one for one in present if one.part.kind in FACTORED}
     biased = {one.part.module: one for one in present if one.part.kind == "bias"}
-    for module, one in biased.items():
-        if module not in factored:
-            kind = "linear" if len(one.part.shape) == 2 else "conv"
-            part = replace(one.part, kind=kind)
-            rows, columns = part.sides
-            ((_, spec),) = one.places.values()
-            left, right = (torch.empty(shape, dtype=spec.dtype, device="meta") for shape in ((rows, 1), (1, columns)))
-            yield Kept(part, Finished(rank=1), _nowhere(stored(part, left, right)))
-    for module, one in factored.items():
-        if module not in biased:
-            spec = next(iter(one.places.values()))[1]
-            part = replace(one.part, kind="bias")
-            bias = torch.empty(one.part.sides[0], dtype=spec.dtype, device="meta")
-            yield Kept(part, Finished(), _nowhere(stored_bias(part, bias)))
+    if not biased:
+        return [*present], "none"
+    beside = all(one.part.kind in ("linear", "conv") and one.part.biased for one in factored.values())
+    if beside and biased.keys() <= factored.keys():
+        zeros = [_zero_bias(one) for module, one in factored.items() if module not in biased]
+        return [*(_only(one, ".lora_B.bias") for one in present), *zeros], "lora"
+    return [_only(one, ".bias", module=".base_layer" if one.part.module in factored else "") for one in present], "all"
+
+
+def _only(one: Kept, end: str, module: str = "") -> Kept:
+    """Keep of a bias its change or its value, under the name of the module that holds it then."""
+    if one.part.kind != "bias":
+        return one
+    stem = PREFIX + one.part.module
+    if stem + end not in one.places:
+        raise OutputError(
+            f"PEFT has no place for the change of the bias of '{one.part.module}' beside embeddings, experts and "
+            "modules without a bias: leave the rest out by keep_rest: false."
+        )
+    return replace(one, places={stem + module + end: one.places[stem + end]})
+
+
+def _zero_bias(one: Kept) -> Kept:
+    """Stand for the bias of a module that has not changed, which PEFT asks for beside others."""
+    spec = next(iter(one.places.values()))[1]
+    bias = torch.empty(one.part.sides[0], dtype=spec.dtype, device="meta")
+    return Kept(replace(one.part, kind="bias"), Finished(), _nowhere(stored_bias(one.part, bias)))
 
 
 def _nowhere(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, TensorSpec]]:
