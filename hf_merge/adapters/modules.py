@@ -33,9 +33,9 @@ class Layout:
     def tied(self) -> Mapping[str, str]:
         return self.tables.tied
 
-    def live(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the parameter that each tensor of a checkpoint becomes, or becomes part of."""
-        return self.tables.live(names)
+    def live(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return the parameters that each tensor of a checkpoint becomes, or becomes part of."""
+        return {name: place.live for name, place in self.tables.places(names).items()}
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
@@ -57,14 +57,23 @@ def _layout(config: str) -> Layout | None:
 
 
 def _with_twins(model: nn.Module, parts: Mapping[str, Part], tied: Mapping[str, str]) -> dict[str, Part]:
-    """Let the part of a tied tensor name the other modules that read it."""
+    """Let tied matrices name the other modules that read them; a tied bias is that of the module that reads it."""
+    found = dict(parts)
     twins: dict[str, list[tuple[str, Any]]] = {}
     for alias, name in tied.items():
         own, other = parts.get(alias), parts.get(name)
-        is_one = own and other and model.get_submodule(own.module) is model.get_submodule(other.module)
-        if own and other and not is_one and own.kind in ("linear", "embedding"):
+        if own is None or other is None:
+            continue
+        if other.kind == "none" and own.kind == "bias":
+            found[name] = own
+        if {own.kind, other.kind} <= {"linear", "embedding"} and not _is_one(model, own, other):
             twins.setdefault(name, []).append((own.module, own.kind))
-    return {name: replace(part, twins=tuple(twins.get(name, ()))) for name, part in parts.items()}
+    return {name: replace(part, twins=tuple(twins.get(name, ()))) for name, part in found.items()}
+
+
+def _is_one(model: nn.Module, part: Part, other: Part) -> bool:
+    """Tell whether two names are those of one module."""
+    return model.get_submodule(part.module) is model.get_submodule(other.module)
 
 
 def _of_module(path: str, module: nn.Module, *, apart: bool) -> Iterator[tuple[str, Part]]:
@@ -151,3 +160,8 @@ def numbers(part: Part, rank: int) -> int:
     """Return how many numbers the factors of a part have."""
     rows, columns = part.sides
     return part.experts * rank * (rows + columns) * len(part.modules)
+
+
+def largest_rank(part: Part) -> int:
+    """Return the rank that holds every change of a part."""
+    return max(1, min(part.sides))

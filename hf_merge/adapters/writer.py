@@ -57,7 +57,7 @@ class AdapterWriter:
         output: the folder to make.
         plan: what is merged.
         slots: what becomes of each tensor of the plan; those without one are left out. Names with the same slot are
-            handed to it together.
+            handed to it together; a name with several slots is handed to each.
         base_model: what adapter_config.json names as the base: a Hub id or a path.
         revision: the base's commit on the Hub.
         task_type: PEFT's word for what the model does (`CAUSAL_LM`, ...).
@@ -80,7 +80,7 @@ class AdapterWriter:
         self,
         output: Path,
         plan: Plan,
-        slots: Mapping[str, Slot],
+        slots: Mapping[str, Slot | Sequence[Slot]],
         *,
         base_model: str | None,
         revision: str | None = None,
@@ -94,10 +94,12 @@ class AdapterWriter:
         self.output, self.plan, self.overwrite, self.vllm = output, plan, overwrite, vllm
         self.dtype, self.metadata = dtype, metadata
         self._words = {"base_model": base_model, "revision": revision, "task_type": task_type, "extra": extra_config}
-        self._slots, self._names = slots, _grouped(slots)
+        self._slots = {name: [*slot] if isinstance(slot, Sequence) else [slot] for name, slot in slots.items()}
+        self._names = _grouped(self._slots)
         self._waiting: dict[str, Tensor] = {}
         self._missing = {name: plan.specs[name].numel for name in slots}
         self._done: set[str] = {name for name, missing in self._missing.items() if not missing}
+        self._asked = {name: len(own) for name, own in self._slots.items()}
         self._guard, self._end = Lock(), 0
         self._kept: dict[Part, Kept] = {}
         self._config: dict[str, Any] | None = None
@@ -144,21 +146,18 @@ class AdapterWriter:
         """
         if name not in self._slots or not values.numel():
             return
-        merged = self._collected(name, start, values)
-        if merged is None:
-            return
-        slot = self._slots[name]
-        try:
-            finished = slot.finish(*merged)
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            raise ComputeError(f"'{slot.part.module}' as a part of an adapter: {error}.") from error
-        self.keep(slot.part, finished)
+        for slot, merged in self._ready(name, start, values):
+            try:
+                finished = slot.finish(*merged)
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                raise ComputeError(f"'{slot.part.module}' as a part of an adapter: {error}.") from error
+            self.keep(slot.part, finished)
 
-    def _collected(self, name: str, start: int, values: Tensor) -> list[Tensor] | None:
-        """Return all tensors of a slot once they are whole."""
-        spec, names = self.plan.specs[name], self._names[id(self._slots[name])]
-        if len(names) == 1 and values.numel() == spec.numel:
-            return [values.view(spec.shape)]
+    def _ready(self, name: str, start: int, values: Tensor) -> list[tuple[Slot, list[Tensor]]]:
+        """Return the slots that have all their tensors now."""
+        spec, slots = self.plan.specs[name], self._slots[name]
+        if values.numel() == spec.numel and len(slots) == 1 and len(self._names[id(slots[0])]) == 1:
+            return [(slots[0], [values.view(spec.shape)])]
         with self._guard:
             if name not in self._waiting:
                 self._waiting[name] = torch.empty(spec.shape, dtype=spec.dtype)
@@ -166,11 +165,19 @@ class AdapterWriter:
         buffer.view(-1)[start : start + values.numel()] = values.view(-1)
         with self._guard:
             self._missing[name] -= values.numel()
-            if not self._missing[name]:
-                self._done.add(name)
-            if self._missing[name] or not self._done.issuperset(names):
-                return None
-            return [self._waiting.pop(each, torch.empty(self.plan.specs[each].shape)) for each in names]
+            if self._missing[name]:
+                return []
+            self._done.add(name)
+            ready = [slot for slot in slots if self._done.issuperset(self._names[id(slot)])]
+            return [(slot, [self._taken(each) for each in self._names[id(slot)]]) for slot in ready]
+
+    def _taken(self, name: str) -> Tensor:
+        """Return a whole tensor; the last slot that asks for it is the last to hold it."""
+        self._asked[name] -= 1
+        tensor = self._waiting.get(name)
+        if not self._asked[name]:
+            self._waiting.pop(name, None)
+        return torch.empty(self.plan.specs[name].shape) if tensor is None else tensor
 
     def keep(self, part: Part, finished: Finished) -> None:
         """Write what is known of a part. Safe to call from many threads.
@@ -309,11 +316,12 @@ class AdapterWriter:
         return OutputError(f"'{self.output}' cannot be written: {error.strerror or error}.")
 
 
-def _grouped(slots: Mapping[str, Slot]) -> dict[int, list[str]]:
+def _grouped(slots: Mapping[str, Sequence[Slot]]) -> dict[int, list[str]]:
     """Return the names of each slot."""
     names: dict[int, list[str]] = {}
-    for name, slot in slots.items():
-        names.setdefault(id(slot), []).append(name)
+    for name, own in slots.items():
+        for slot in own:
+            names.setdefault(id(slot), []).append(name)
     return names
 
 
@@ -329,15 +337,16 @@ def _to_write(kept: Sequence[Kept]) -> list[Kept]:
 
 
 def _with_biases(present: Sequence[Kept]) -> tuple[list[Kept], Biases]:
-    """Choose how biases are kept: beside the factors of their modules, or, where PEFT forbids that, in the base's place.
+    """Choose how biases are kept: beside the factors of their modules, or in the base's place where PEFT forbids that.
 
     It forbids that where an embedding or experts have factors, or a module without a bias.
     """
-    factored = {one.part.module: one for one in present if one.part.kind in FACTORED}
+    factored = {name: one for one in present if one.part.kind in FACTORED for name in one.part.modules}
     biased = {one.part.module: one for one in present if one.part.kind == "bias"}
     if not biased:
         return [*present], "none"
-    beside = all(one.part.kind in ("linear", "conv") and one.part.biased for one in factored.values())
+    kinds = ("linear", "conv")
+    beside = all(one.part.kind in kinds and one.part.biased and not one.part.twins for one in factored.values())
     if beside and biased.keys() <= factored.keys():
         zeros = [_zero_bias(one) for module, one in factored.items() if module not in biased]
         return [*(_only(one, ".lora_B.bias") for one in present), *zeros], "lora"
