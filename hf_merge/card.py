@@ -60,7 +60,7 @@ def merged_card(
         compared: how other models did, by name; for the table.
         how_to_load: code, if it is not loaded as a folder with weights is.
         data: what the front matter says instead.
-        **values: more for the template.
+        **values: more for the template, or instead of what it would get.
     """
     by_model = dict(zip(plan.models, sources, strict=True))
     parts = _parts(by_model)
@@ -73,26 +73,24 @@ def merged_card(
     for key, value in (data or {}).items():
         setattr(front, key, value)
     recipe = public_recipe(plan.recipe, by_model).to_yaml()
-    return rendered(
-        Path(template or template_folder() / "merged.md"),
-        front,
-        name=name,
-        method=get_method(plan.recipe.merge_method),
-        models=_rows(plan, by_model),
-        merged_count=len(plan.recipe.merged),
-        notes=[*_notes(plan), *_lineage(parts)],
-        licence=licence_in_words(parts, verdict),
-        limits=_limits(plan, parts, is_evaluated=bool(eval_results)),
-        recipe=recipe,
-        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))]),
-        schedules=pictures(plan, [_called(model, by_model[model]) for model in plan.models]),
-        evaluation=evaluation_table(eval_results, compared),
-        how_to_load=how_to_load or _how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
-        has_local_models=any(part.public_id is None for _, part in parts),
-        seed=plan.recipe.seed,
-        versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
-        **values,
-    )
+    told = {
+        "name": name,
+        "method": get_method(plan.recipe.merge_method),
+        "models": _rows(plan, by_model),
+        "merged_count": len(plan.recipe.merged),
+        "notes": [*_notes(plan), *_lineage(parts)],
+        "licence": licence_in_words(parts, verdict),
+        "limits": _limits(plan, parts, is_evaluated=bool(eval_results)),
+        "recipe": recipe,
+        "fence": "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))]),
+        "schedules": pictures(plan, [_called(model, by_model[model]) for model in plan.models]),
+        "evaluation": evaluation_table(eval_results, compared),
+        "how_to_load": how_to_load or _how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
+        "has_local_models": any(part.public_id is None for _, part in parts),
+        "seed": plan.recipe.seed,
+        "versions": ", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
+    }
+    return rendered(Path(template or template_folder() / "merged.md"), front, **{**told, **values})
 
 
 def rendered(template: Path, data: ModelCardData, **values: Any) -> ModelCard:

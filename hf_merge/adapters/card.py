@@ -57,7 +57,7 @@ def adapter_card(
     return merged_card(
         plan, sources, name, template=template or template_folder() / "adapter.md",
         how_to_load=how_to_load(plan, base, name, config), data=front,
-        adapter=facts(plan, kept, config, base), **values,
+        **{"adapter": facts(plan, kept, config, base), "notes": _notes(plan, base), **values},
     )  # fmt: skip
 
 
@@ -86,6 +86,20 @@ def facts(plan: Plan, kept: Sequence[Kept], config: Mapping[str, Any], base: Sou
         "changes_biases": config.get("bias") == "all",
         "vllm": plan.recipe.vllm,
     }  # fmt: skip
+
+
+def _notes(plan: Plan, base: Source) -> list[str]:
+    """Say how the factors came about."""
+    how = "of whole matrices" if plan.recipe.exact_svd or not isinstance(plan.recipe.rank, int) else (
+        "of whole matrices, or of what a random sketch of them spans where the rank is much smaller"
+    )  # fmt: skip
+    dtype = plan.recipe.out_dtype or plan.recipe.dtype
+    return [
+        f"The merge less `{_last(base)}`, in float32 or wider, and the singular value decomposition of that ({how}), as "
+        f"U sqrt(S) and sqrt(S) V^T; rounded once to {dtype or 'the dtypes of the base'}.",
+        *(f"Tensors matching `{rule.pattern}`: {rule.merge_method or plan.recipe.merge_method}."
+          for rule in plan.recipe.rules),
+    ]  # fmt: skip
 
 
 def energies(kept: Sequence[Kept]) -> dict[str, float]:

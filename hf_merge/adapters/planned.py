@@ -15,7 +15,7 @@ from hf_merge.adapters.parts import FACTORED, Part
 from hf_merge.adapters.settings import VLLM_RANKS
 from hf_merge.adapters.slots import Change
 from hf_merge.errors import did_you_mean
-from hf_merge.planning import Plan, Problem, format_bytes
+from hf_merge.planning import Plan, Problem, default_workers, format_bytes
 from hf_merge.recipe import Recipe
 from hf_merge.schedule import tensor_seeds
 from hf_merge.sources import Source
@@ -45,9 +45,19 @@ def planned(plan: Plan, sources: Sequence[Source]) -> Plan:
     made = replace(plan, steps=steps)
     problems = [*_problems(made, sources)]
     found = any(problem.severity == "error" for problem in problems)
-    rows = {} if found else _rows(made, slots_of(made, sources))
+    slots = {} if found else slots_of(made, sources)
+    rows = {} if found else _rows(made, slots)
+    needed = max((_memory(made, slot) for own in slots.values() for slot in own), default=0)
+    made = replace(made, peak_memory=made.peak_memory + default_workers() * needed)
     order = sorted((*plan.problems, *problems), key=lambda one: one.severity != "error")
     return replace(made, problems=tuple(order), adapter=rows)
+
+
+def _memory(plan: Plan, slot: Change) -> int:
+    """Estimate the bytes of working memory of a slot: merge, change and a copy of it, and a square of its lesser side."""
+    size = sum(plan.specs[name].numel for name in slot.names)
+    square = min(slot.part.sides) ** 2 if slot.part.kind in FACTORED else 0
+    return 4 * 4 * size + 4 * 8 * square
 
 
 def base_of(plan: Plan, sources: Sequence[Source]) -> Source:
