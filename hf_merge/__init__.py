@@ -16,7 +16,15 @@ from hf_merge.registration import register_when_imported
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hf_merge.api import MergedModel, from_pretrained, merge, merge_state_dicts, plan
+    from hf_merge.api import (
+        MergedAdapter,
+        MergedModel,
+        extract_adapter,
+        from_pretrained,
+        merge,
+        merge_state_dicts,
+        plan,
+    )
     from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
@@ -36,7 +44,9 @@ if TYPE_CHECKING:
     from hf_merge.recipe import Recipe
 
 _HOME = {
-    "api": ("MergedModel", "from_pretrained", "merge", "merge_state_dicts", "plan"),
+    "api": (
+        "MergedAdapter", "MergedModel", "extract_adapter", "from_pretrained", "merge", "merge_state_dicts", "plan",
+    ),
     "deployment": ("deploy",),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
@@ -53,6 +63,7 @@ __all__ = [
     "ComputeError",
     "MergeError",
     "MergeMethod",
+    "MergedAdapter",
     "MergedModel",
     "OutputError",
     "OutputExistsError",
@@ -65,6 +76,7 @@ __all__ = [
     "SourceError",
     "UnknownMethodError",
     "deploy",
+    "extract_adapter",
     "from_pretrained",
     "get_method",
     "list_methods",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo, EvalResult, ModelCard
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import logging, tqdm
 from torch import Tensor
 
 from hf_merge import hub
+from hf_merge.adapters.card import adapter_card, energies
+from hf_merge.adapters.modules import auto_mapping, task_type
+from hf_merge.adapters.planned import base_of, planned, slots_of
+from hf_merge.adapters.writer import AdapterWriter, Kept
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
-from hf_merge.errors import MergeError, OutputError, PublishError
+from hf_merge.errors import MergeError, OutputError, ParameterError, PublishError, RecipeError
 from hf_merge.evaluation import with_results
 from hf_merge.execute import execute
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
@@ -46,6 +51,8 @@ from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, partial_fo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,47 @@ class MergedModel:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class MergedAdapter(MergedModel):
+    """A merge as a PEFT adapter of its base, on disk or on the Hub.
+
+    Attributes:
+        base: the model that it is loaded over: a Hub id or a folder; None for a model in memory.
+        base_revision: its commit on the Hub.
+        kept: for each module with factors, the share of its change's squared norm that they keep.
+        left_out: the largest absolute change of each tensor that the adapter does not carry.
+    """
+
+    base: str | None = None
+    base_revision: str | None = None
+    kept: Mapping[str, float] = field(default_factory=dict, repr=False)
+    left_out: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    def load(self, **kwargs: Any) -> Any:
+        """Load the base, with the adapter over it, as a PeftModel.
+
+        Args:
+            **kwargs: of the base's `from_pretrained`: dtype, device_map, token, ...
+
+        Raises:
+            MergeError: the base was a model in memory.
+        """
+        import transformers
+        from peft import PeftModel
+
+        if self.base is None:
+            raise MergeError(
+                f"The base was a model in memory: load the adapter over it with "
+                f"PeftModel.from_pretrained(model, {str(self.path or self.repo_id)!r})."
+            )
+        model_class = getattr(transformers, next(iter(self.plan.config.get("architectures") or ()), "AutoModel"))
+        model = model_class.from_pretrained(self.base, revision=self.base_revision or "main", **kwargs)
+        if self.path is None:
+            token = {"token": kwargs["token"]} if "token" in kwargs else {}
+            return PeftModel.from_pretrained(model, str(self.repo_id), revision=self.commit, **token)
+        return PeftModel.from_pretrained(model, self.path)
+
+
 def plan(
     recipe: Any,
     *,
@@ -242,6 +290,15 @@ def merge(
         PublishError: before anything is merged, or when the Hub fails; its repository is as it was.
     """
     team = current()
+    read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
+    where = (device_map, max_memory)
+    wishes = {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok}
+    loaded = Recipe.load(recipe, **changes)
+    if loaded.output_format == "adapter":
+        return _merge_adapter(
+            loaded, output, where, read, resume=resume, overwrite=overwrite, card_template=card_template,
+            push_to_hub=push_to_hub, keep_local=keep_local, wishes=wishes,
+        )  # fmt: skip
     target = _target(output, push_to_hub, keep_local)
     one_file = output is not None and target.suffix == WEIGHTS
     away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
@@ -252,12 +309,8 @@ def merge(
     if not away and team.leads:
         refuse_existing(target, overwrite=overwrite)
     destination = None if not team.leads else _destination(
-        push_to_hub, partial_folder(target) if away and resume else None, token,
-        {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok},
+        push_to_hub, partial_folder(target) if away and resume else None, token, wishes,
     )  # fmt: skip
-    read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    where = (device_map, max_memory)
-    loaded = Recipe.load(recipe, **changes)
     with team.node_first() if _is_far(loaded) else nullcontext():
         made, sources = _prepare(loaded, {}, where, sys.maxsize if one_file else max_shard_size, read)
     made.check()
@@ -289,6 +342,171 @@ def merge(
         info = _push(target, destination) if uploads is None else uploads.info
         published = [destination.repo_id, info.oid, info.pr_url or info.commit_url]
     return MergedModel(None if away else target, made, *team.share("published", published))
+
+
+def _merge_adapter(
+    recipe: Recipe,
+    output: str | os.PathLike[str] | None,
+    where: tuple[DeviceMap, MaxMemory | None],
+    read: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    card_template: str | Path | None,
+    push_to_hub: str | None,
+    keep_local: bool | None,
+    wishes: Mapping[str, Any],
+) -> MergedAdapter:
+    """Merge into an adapter of the base; see `merge`."""
+    target = _target(output, push_to_hub, keep_local)
+    _refuse_for_adapter(target, resume=resume)
+    away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
+    if away:
+        target = target.with_name(f".{target.name}.adapter")
+    refuse_existing(target, overwrite=overwrite or away)
+    destination = _destination(push_to_hub, None, read["token"], wishes)
+    made, sources = _prepare(recipe, {}, where, MAX_SHARD_SIZE, read)
+    made.check()
+    check_devices(step.device for step in made.steps)
+    check_downloads(remote_reads(made, sources))
+    _refuse_own_input(target, sources)
+    name = target.name if destination is None else destination.repo_id
+    if destination is not None:
+        destination = destination.prepare()
+    try:
+        kept = _write_adapter(made, sources, target, name, overwrite=overwrite or away, card_template=card_template)
+        info = None if destination is None else _push(target, destination)
+    finally:
+        if away:
+            shutil.rmtree(target, ignore_errors=True)
+    published = [destination.repo_id, info.oid, info.pr_url or info.commit_url] if destination and info else []
+    base, revision = _name_of_base(made, sources)
+    left = {one.part.module: one.finished.left_out for one in kept if one.finished.left_out}
+    return MergedAdapter(
+        None if away else target,
+        made,
+        *published,
+        base=base,
+        base_revision=revision,
+        kept=energies(kept),
+        left_out=left,
+    )
+
+
+def _write_adapter(
+    made: Plan, sources: list[Source], target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
+) -> Sequence[Kept]:
+    """Execute a plan into the folder of an adapter."""
+    by_model = dict(zip(made.models, sources, strict=True))
+    base, revision = _name_of_base(made, sources)
+    task = task_type(made.config)
+    extra = {} if task else {"auto_mapping": auto_mapping(made.config)}
+    shown = public_recipe(made.recipe, by_model).to_yaml()
+    writer = AdapterWriter(
+        target, made, slots_of(made, sources), base_model=base, revision=revision, task_type=task,
+        metadata={RECIPE_KEY: shown}, overwrite=overwrite, extra_config=extra, vllm=made.recipe.vllm,
+    )  # fmt: skip
+    with writer:
+        _adapter_card(made, sources, name, card_template, [], {})
+        _run(made, sources, writer, Team())
+        kept = writer.assemble()
+        (writer.folder / RECIPE_FILE).write_text(pinned_recipe(made.recipe, by_model).to_yaml(), encoding="utf-8")
+        card = _adapter_card(made, sources, name, card_template, kept, writer.config)
+        card.save(writer.folder / "README.md")
+    _tell_what_is_left_out(kept)
+    return kept
+
+
+def _adapter_card(
+    made: Plan, sources: list[Source], name: str, template: str | Path | None, kept: Sequence[Kept], config: Any
+) -> ModelCard:
+    """Render the card; once before anything is computed, as a template that fails should not fail at the end."""
+    try:
+        return adapter_card(made, sources, name, kept=kept, config=config, template=template)
+    except Exception as error:  # a template may do anything
+        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OutputError(f"The card cannot be written from '{template or 'adapter.md'}': {told}.") from error
+
+
+def _tell_what_is_left_out(kept: Sequence[Kept]) -> None:
+    left = [one for one in kept if one.finished.left_out]
+    if left:
+        most = max(left, key=lambda one: one.finished.left_out)
+        logger.warning(
+            "%d tensors change in the merge and not in the adapter, '%s' most (by up to %.3g): its card names them.",
+            len(left), most.part.module, most.finished.left_out,
+        )  # fmt: skip
+
+
+def _name_of_base(made: Plan, sources: Sequence[Source]) -> tuple[str | None, str | None]:
+    """Return how PEFT finds the base again, and its commit."""
+    base, named = base_of(made, sources), made.models[made.donor]
+    if base.public_id:
+        return base.public_id, base.revision
+    return (os.path.abspath(os.path.expanduser(named.path)) if isinstance(named, ModelRef) else None), None
+
+
+def _refuse_for_adapter(target: Path, *, resume: bool) -> None:
+    """Raise for what an adapter cannot be."""
+    if (team := current()).world > 1:
+        raise OutputError(f"An adapter is written by one process, and {team.world} were started: start one.")
+    if resume:
+        raise OutputError("An adapter is small and is written at once: leave resume out, and it is made anew.")
+    if target.suffix == WEIGHTS:
+        raise OutputError(f"'{target.name}' is a single file, and an adapter is a folder: name a folder.")
+
+
+def extract_adapter(
+    finetuned: Any,
+    base: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Sequence[str] | None = None,
+    exact: bool = False,
+    keep_rest: bool | None = None,
+    vllm: bool = False,
+    **options: Any,
+) -> MergedAdapter:
+    """Extract a LoRA adapter from a fine-tuned model: the change of its base, in factors of low rank.
+
+        hf_merge.extract_adapter("org/finetuned", "org/base", "adapter", rank=32)
+        hf_merge.extract_adapter("org/finetuned", "org/base", "adapter", energy=0.9, targets=["q_proj", "v_proj"])
+
+    Args:
+        finetuned: the model (a Hub id, folder, module or state dict).
+        base: the model that it was fine-tuned from.
+        output: the folder to make.
+        rank: at most so many dimensions for each module; or
+        energy: as few as keep this share of the squared norm of each module's change.
+        targets: which modules get factors: names, ends of names, patterns, or `all-linear`; all that change by default.
+        exact: decompose whole matrices, also where a random sketch of them would do.
+        keep_rest: whether changed norms and biases are saved as they are; by default they are, but for vLLM.
+        vllm: write it as vLLM loads it, or refuse to.
+        **options: of `merge`: push_to_hub, overwrite, device_map, token, dtype, ...
+
+    Raises:
+        ParameterError: not exactly one of rank and energy, or out of range.
+        RecipeError, SourceError, PlanError: before anything is written.
+        ComputeError, OutputError: nothing appears at `output`.
+    """
+    if (rank is None) == (energy is None):
+        found = "neither" if rank is None else "both"
+        raise ParameterError(f"Say by rank= or by energy= how large the adapter may be; found {found}.")
+    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
+        raise ParameterError(f"energy= should be in (0, 1]; found {energy!r}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ParameterError(f"rank= should be a positive integer; found {rank!r}.")
+    if base is None:
+        raise ParameterError("An adapter is extracted over a base: name the model that was fine-tuned.")
+    words = {"targets": targets, "exact_svd": exact or None, "keep_rest": keep_rest, "vllm": vllm or None}
+    made = merge(
+        [finetuned], output, method="passthrough", base_model=base, output_format="adapter",
+        rank=rank if energy is None else float(energy), **words, **options,
+    )  # fmt: skip
+    assert isinstance(made, MergedAdapter)
+    return made
 
 
 def _target(output: str | os.PathLike[str] | None, repo_id: str | None, keep_local: bool | None) -> Path:
@@ -407,8 +625,28 @@ def load_recipe(recipe: Any, hub: Mapping[str, Any], *, name: str = "", auto_cla
 
 
 def open_recipe(recipe: Any, hub: Mapping[str, Any], **changes: Any) -> tuple[Plan, list[Source]]:
-    """Plan a recipe from headers; return the plan and its models, in its order."""
+    """Plan a recipe from headers; return the plan and its models, in its order.
+
+    Raises:
+        RecipeError: it makes an adapter.
+    """
+    recipe = _of_a_model(Recipe.load(recipe, **changes))
+    changes = {}
     return _prepare(recipe, changes, ("cpu", None), MAX_SHARD_SIZE, hub)
+
+
+def _of_a_model(recipe: Recipe) -> Recipe:
+    """Return a recipe that makes a model.
+
+    Raises:
+        RecipeError: it makes an adapter.
+    """
+    if recipe.output_format == "adapter":
+        raise RecipeError(
+            "The recipe makes an adapter (output_format: adapter), which is a folder: write it with merge, and load it "
+            "with .load(); or say output_format='model', without rank and the like."
+        )
+    return recipe
 
 
 def _name_of(recipe: Any, made: Plan) -> str:
@@ -436,7 +674,7 @@ def merge_state_dicts(
         MergeError: as `merge`.
     """
     changes = {"method": method, "base_model": base_model, **parameters}
-    made, sources = _prepare(models, changes, ("cpu", None), MAX_SHARD_SIZE, {})
+    made, sources = _prepare(_of_a_model(Recipe.load(models, **changes)), {}, ("cpu", None), MAX_SHARD_SIZE, {})
     made.check()
     merged = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in made.specs.items()}
 
@@ -463,6 +701,7 @@ def _prepare(
     opened: dict[Ref, Source] = {}
     problems: list[Problem] = []
     for stage in loaded.stages:
+        _of_a_model(stage)
         sources, found = _open(stage, opened, hub)
         made = make_plan(stage, sources, problems=found)
         problems += [replace(problem, message=f"In '{stage.name}': {problem.message}") for problem in made.problems]
@@ -470,6 +709,8 @@ def _prepare(
     sources, found = _open(loaded, opened, hub)
     problems += [*found, *licence_problems(parts_of([*sources.values()]))]
     made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=problems)
+    if loaded.output_format == "adapter":
+        made = planned(made, [*sources.values()])
     return place(made, *where), list(sources.values())
 
 
@@ -489,7 +730,7 @@ def _is_far(recipe: Recipe) -> bool:
     return any(isinstance(model, ModelRef) and not os.path.exists(model.path) for model in models)
 
 
-def _run(made: Plan, sources: list[Source], writer: Writer, team: Team) -> None:
+def _run(made: Plan, sources: list[Source], writer: Writer | AdapterWriter, team: Team) -> None:
     """Execute this process's part of the plan into the writer, with a progress bar for all."""
     bar = tqdm(total=made.bytes_written, unit="B", unit_scale=True, desc="Merging", name="hf_merge.merge")
     finished, one_at_a_time, stop = writer.sizes_before(), Lock(), Event()
@@ -512,7 +753,7 @@ def _run(made: Plan, sources: list[Source], writer: Writer, team: Team) -> None:
 
     team.on_failure(give_up)
     reads = remote_reads(made, sources, writer.is_finished, assumed=team.leads)
-    one_by_one = bool(reads) or writer.carrier is not None
+    one_by_one = bool(reads) or writer.carrier is not None or isinstance(writer, AdapterWriter)
     with bar, fetching(reads, stop):
         show()
         execute(made, sources, write, skip=writer.is_finished, stopped=give_up, in_order=one_by_one)

@@ -45,6 +45,8 @@ def merged_card(
     eval_results: Sequence[EvalResult] = (),
     compared: Compared | None = None,
     how_to_load: str = "",
+    data: Mapping[str, Any] | None = None,
+    **values: Any,
 ) -> ModelCard:
     """Render the card of a merged model.
 
@@ -57,35 +59,38 @@ def merged_card(
         eval_results: how the merge did.
         compared: how other models did, by name; for the table.
         how_to_load: code, if it is not loaded as a folder with weights is.
+        data: what the front matter says instead.
+        **values: more for the template, or instead of what it would get.
     """
     by_model = dict(zip(plan.models, sources, strict=True))
     parts = _parts(by_model)
     verdict = licence_of(parts)
     config = plan.config
     is_sentence_transformer = "modules.json" in files
-    data = _card_data(parts, verdict, config, is_sentence_transformer=is_sentence_transformer)
+    front = _card_data(parts, verdict, config, is_sentence_transformer=is_sentence_transformer)
     if eval_results:
-        data.eval_results, data.model_name = [*eval_results], name
+        front.eval_results, front.model_name = [*eval_results], name
+    for key, value in (data or {}).items():
+        setattr(front, key, value)
     recipe = public_recipe(plan.recipe, by_model).to_yaml()
-    return rendered(
-        Path(template or template_folder() / "merged.md"),
-        data,
-        name=name,
-        method=get_method(plan.recipe.merge_method),
-        models=_rows(plan, by_model),
-        merged_count=len(plan.recipe.merged),
-        notes=[*_notes(plan), *_lineage(parts)],
-        licence=licence_in_words(parts, verdict),
-        limits=_limits(plan, parts, is_evaluated=bool(eval_results)),
-        recipe=recipe,
-        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))]),
-        schedules=pictures(plan, [_called(model, by_model[model]) for model in plan.models]),
-        evaluation=evaluation_table(eval_results, compared),
-        how_to_load=how_to_load or _how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
-        has_local_models=any(part.public_id is None for _, part in parts),
-        seed=plan.recipe.seed,
-        versions=", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
-    )
+    told = {
+        "name": name,
+        "method": get_method(plan.recipe.merge_method),
+        "models": _rows(plan, by_model),
+        "merged_count": len(plan.recipe.merged),
+        "notes": [*_notes(plan), *_lineage(parts)],
+        "licence": licence_in_words(parts, verdict),
+        "limits": _limits(plan, parts, is_evaluated=bool(eval_results)),
+        "recipe": recipe,
+        "fence": "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))]),
+        "schedules": pictures(plan, [_called(model, by_model[model]) for model in plan.models]),
+        "evaluation": evaluation_table(eval_results, compared),
+        "how_to_load": how_to_load or _how_to_load(config, name, is_sentence_transformer=is_sentence_transformer),
+        "has_local_models": any(part.public_id is None for _, part in parts),
+        "seed": plan.recipe.seed,
+        "versions": ", ".join(f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES),
+    }
+    return rendered(Path(template or template_folder() / "merged.md"), front, **{**told, **values})
 
 
 def rendered(template: Path, data: ModelCardData, **values: Any) -> ModelCard:
@@ -275,7 +280,7 @@ def _row(model: Ref, source: Source, role: str, *, indent: str = "") -> dict[str
 
 
 def _link(model: Ref, part: Source) -> str:
-    return _hub_link(part.public_id) if part.public_id else _cell(_local_name(model))
+    return hub_link(part.public_id) if part.public_id else _cell(_local_name(model))
 
 
 def _called(model: Ref, source: Source) -> str:
@@ -295,13 +300,14 @@ def _cell(text: object) -> str:
     return f"`{str(text).translate(_NO_MARKUP)}`"
 
 
-def _hub_link(public_id: str) -> str:
+def hub_link(public_id: str) -> str:
+    """Link a model on the Hub."""
     return f"[{public_id}](https://huggingface.co/{public_id})"
 
 
 def _lineage(parts: Sequence[Part]) -> list[str]:
     """Say which models are merges themselves, and of what."""
-    merges = [(name, [_hub_link(one) for one in made_from(part)]) for name, part in parts]
+    merges = [(name, [hub_link(one) for one in made_from(part)]) for name, part in parts]
     return [f"{name} is itself a merge, by its card made from {', '.join(links)}." for name, links in merges if links]
 
 

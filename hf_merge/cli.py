@@ -72,6 +72,29 @@ MaxMemory = Annotated[
     Option("--max-memory", help="DEVICE=SIZE that may be used, as 0=10GB for the first accelerator. Repeatable."),
 ]
 ShardSize = Annotated[str, Option("--max-shard-size", help="Of the output's files.")]
+OutputFormat = Annotated[
+    Literal["model", "adapter"] | None,
+    Option("--output-format", help="A model, or what changes in the base as a PEFT adapter. Default: model."),
+]
+Rank = Annotated[
+    str | None,
+    Option("--rank", help="Of an adapter: at most so many dimensions (32), or the share of energy to keep (0.9)."),
+]
+Targets = Annotated[
+    list[str] | None,
+    Option("--targets", help="NAME[,NAME...] of modules that get factors: q_proj, '*.mlp.*', all-linear. Repeatable."),
+]
+ExactSvd = Annotated[
+    bool, Option("--exact-svd", help="Of an adapter: decompose whole matrices, and no sketches of them.")
+]
+KeepRest = Annotated[
+    bool | None,
+    Option("--keep-rest/--no-keep-rest", help="Save changed norms and biases in an adapter. Default: but for vLLM."),
+]
+Vllm = Annotated[bool, Option("--vllm", help="Write an adapter as vLLM loads it, or refuse to.")]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
+]
 Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
 CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
 Stream = Annotated[bool, Option("--stream", help="Read tensors on the Hub by range, and keep no weights in the cache.")]
@@ -103,6 +126,12 @@ def merge(
     tokenizer_source: TokenizerSource = None,
     chat_template: ChatTemplate = None,
     allow_nonfinite: Nonfinite = False,
+    output_format: OutputFormat = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    exact_svd: ExactSvd = False,
+    keep_rest: KeepRest = None,
+    vllm: Vllm = False,
     push_to_hub: Annotated[str | None, Option("--push-to-hub", help="REPO_ID to publish the model in.")] = None,
     keep_local: Annotated[
         bool | None,
@@ -112,9 +141,7 @@ def merge(
     create_pr: CreatePr = False,
     commit_message: Message = None,
     exist_ok: ExistOk = False,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
-    ] = False,
+    overwrite: Overwrite = False,
     resume: Annotated[bool, Option("--resume", help="Take over the finished shards of an interrupted run.")] = False,
     device_map: DeviceMap = "auto",
     max_memory: MaxMemory = None,
@@ -137,6 +164,7 @@ def merge(
     changes = _changes(
         parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
+        output_format=output_format, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     if job is not None:
         here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
@@ -174,7 +202,53 @@ def merge(
         out.warning(problem.message)
     places = {"path": merged.path, "repo_id": merged.repo_id, "commit": merged.commit, "url": merged.url}
     where = {key: str(value) for key, value in places.items() if value is not None}
-    out.result("Merged", **where, tensors=len(merged.plan.steps), bytes=merged.plan.bytes_written)
+    if isinstance(merged, hf_merge.MergedAdapter):
+        _show_adapter("Merged", merged)
+    else:
+        out.result("Merged", **where, tensors=len(merged.plan.steps), bytes=merged.plan.bytes_written)
+
+
+@app.command(
+    "extract",
+    epilog=_examples(
+        "hf-merge extract org/finetuned org/base adapter --rank 32",
+        "hf-merge extract org/finetuned org/base adapter --energy 0.9 --targets q_proj,v_proj",
+    ),
+)
+def extract(
+    finetuned: Annotated[str, Argument(help="The model: a folder or a Hub id.")],
+    base: Annotated[str, Argument(help="The model that it was fine-tuned from.")],
+    output: Annotated[str | None, Argument(help="The folder to make; not needed with --push-to-hub.")] = None,
+    rank: Annotated[int | None, Option("--rank", help="At most so many dimensions for each module.")] = None,
+    energy: Annotated[
+        float | None, Option("--energy", help="As few as keep this share of the squared norm of each change.")
+    ] = None,
+    targets: Targets = None,
+    exact: Annotated[bool, Option("--exact", help="Decompose whole matrices, and no sketches of them.")] = False,
+    keep_rest: KeepRest = None,
+    vllm: Vllm = False,
+    dtype: DType = None,
+    seed: Seed = None,
+    tokenizer_source: TokenizerSource = None,
+    push_to_hub: Annotated[str | None, Option("--push-to-hub", help="REPO_ID to publish the adapter in.")] = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    exist_ok: ExistOk = False,
+    overwrite: Overwrite = False,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+    stream: Stream = False,
+) -> None:
+    """Extract a LoRA adapter from a fine-tuned model."""
+    listed = [name for text in targets for name in text.split(",")] if targets else None
+    made = hf_merge.extract_adapter(
+        finetuned, base, output, rank=rank, energy=energy, targets=listed, exact=exact, keep_rest=keep_rest, vllm=vllm,
+        push_to_hub=push_to_hub, private=private or None, create_pr=create_pr, exist_ok=exist_ok, overwrite=overwrite,
+        token=token, cache_dir=cache_dir, local_files_only=local_files_only, stream=stream,
+        **_changes(None, dtype=dtype, seed=seed, tokenizer_source=tokenizer_source),
+    )  # fmt: skip
+    _show_adapter("Extracted", made)
 
 
 @app.command(
@@ -214,6 +288,12 @@ def plan(
     tokenizer_source: TokenizerSource = None,
     chat_template: ChatTemplate = None,
     allow_nonfinite: Nonfinite = False,
+    output_format: OutputFormat = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    exact_svd: ExactSvd = False,
+    keep_rest: KeepRest = None,
+    vllm: Vllm = False,
     device_map: DeviceMap = "auto",
     max_memory: MaxMemory = None,
     max_shard_size: ShardSize = "5GB",
@@ -226,6 +306,7 @@ def plan(
     changes = _changes(
         parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
+        output_format=output_format, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     made = hf_merge.plan(
         _recipe(sources, method), device_map=device_map, max_memory=_max_memory(max_memory),
@@ -357,10 +438,34 @@ def _show(request: Any) -> None:
         out.text(str(request))
 
 
+def _show_adapter(word: str, made: Any) -> None:
+    """Say where an adapter is, and how much of the change it keeps at least."""
+    if word != "Merged":  # whose problems were shown
+        for problem in made.plan.problems:
+            out.warning(problem.message)
+    places = {"path": made.path, "repo_id": made.repo_id, "commit": made.commit, "url": made.url}
+    where = {key: str(value) for key, value in places.items() if value is not None}
+    least = f"{min(made.kept.values(), default=1.0):.4f}"
+    out.result(word, **where, modules=len(made.kept), least_kept=least, left_out=len(made.left_out))
+
+
 def _changes(parameters: list[str] | None, **named: Any) -> dict[str, Any]:
     """Collect what the flags say of the recipe."""
     said = {key: value for key, value in named.items() if value is not None}
     return said | dict(_parameter(text) for text in parameters or ())
+
+
+def _of_adapter(
+    rank: str | None, targets: list[str] | None, exact_svd: bool, keep_rest: bool | None, vllm: bool
+) -> dict[str, Any]:
+    """Collect what the flags say of an adapter."""
+    return {
+        "rank": None if rank is None else yaml.safe_load(rank),
+        "targets": [name for text in targets for name in text.split(",")] if targets else None,
+        "exact_svd": exact_svd or None,
+        "keep_rest": keep_rest,
+        "vllm": vllm or None,
+    }
 
 
 def _parameter(text: str) -> tuple[str, Any]:

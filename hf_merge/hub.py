@@ -6,6 +6,7 @@ First the Hub is asked and nothing changes (`ask`), then repository and branch a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,6 +49,7 @@ from hf_merge.writer import CARRIED, RECIPE_FILE, RECIPE_KEY, WEIGHTS
 logger = logging.get_logger(__name__)
 
 CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
 _IGNORE_NOTHING = "# every file counts\n"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -106,6 +108,8 @@ def push_folder(
     card = card and with_name(card, destination.repo_id)
     if recipe is not None:
         additions[RECIPE_FILE] = CommitOperationAdd(RECIPE_FILE, recipe.encode())
+    if ADAPTER_CONFIG in additions:
+        additions[ADAPTER_CONFIG] = CommitOperationAdd(ADAPTER_CONFIG, _without_path(folder / ADAPTER_CONFIG))
     destination.refuse_occupied(lambda: destination.holds(additions, card))
     if card:
         destination.check_card(card)
@@ -396,6 +400,18 @@ def shared_recipe(folder: Path) -> str | None:
         return None
     told = (_recipe_in(path) for path in sorted(folder.rglob(f"*{WEIGHTS}")))
     return next(filter(None, told), None) or without_paths(Recipe.load(folder / RECIPE_FILE)).to_yaml()
+
+
+def _without_path(config: Path) -> bytes:
+    """Return an adapter's config with only the last part of the base's path: the rest is of this machine."""
+    text = config.read_bytes()
+    with contextlib.suppress(ValueError, AttributeError):
+        told = json.loads(text)
+        named = told.get("base_model_name_or_path")
+        if isinstance(named, str) and (os.path.isabs(named) or os.path.isdir(named)):
+            told["base_model_name_or_path"] = Path(named).name
+            return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    return text
 
 
 def _recipe_in(weights: Path) -> str | None:

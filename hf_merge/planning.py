@@ -170,6 +170,7 @@ class Plan:
         facts: what is known of every model, if `hf_merge.plan` was asked.
         seconds: estimates of what takes time, by what takes it: `network`, `disk`, `arithmetic`.
         budgets: bytes of working memory that all tensors together may take at a time, by device; no bound for others.
+        adapter: what is written of it as an adapter, in words; nothing for a model.
     """
 
     recipe: Recipe
@@ -185,6 +186,7 @@ class Plan:
     facts: tuple[ModelFacts, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     budgets: Mapping[str, int] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def layers(self, name: Callable[[Ref], str] = str) -> list[str]:
         """Say where rearranged layers come from: `model.layers: 48, like 0-23 of org/a, 8-31 of org/b`."""
@@ -256,6 +258,7 @@ class Plan:
             "seconds": dict(self.seconds),
             "facts": [vars(fact) for fact in self.facts],
             "problems": [vars(problem) for problem in self.problems],
+            **({"adapter": dict(self.adapter)} if self.adapter else {}),
         }
 
     def fingerprint(self) -> str:
@@ -336,7 +339,7 @@ def _describe(plan: Plan) -> Iterator[str]:
         "dtype": str(plan.dtype).removeprefix("torch."),
         **({"download": format_bytes(plan.bytes_downloaded)} if plan.bytes_downloaded else {}),
         "read": format_bytes(plan.bytes_read),
-        "write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}",
+        **_written_in_words(plan),
         "memory": f"about {format_bytes(plan.peak_memory)} of working memory",
         "devices": ", ".join(_devices_in_words(plan)),
         **({"time": _time_in_words(plan.seconds)} if plan.seconds else {}),
@@ -347,6 +350,13 @@ def _describe(plan: Plan) -> Iterator[str]:
     if plan.facts:
         yield "  sources:"
         yield from (f"    {fact}" for fact in plan.facts)
+
+
+def _written_in_words(plan: Plan) -> dict[str, str]:
+    """Say what is written: files of weights, or an adapter."""
+    if plan.adapter:
+        return {key: value for key, value in plan.adapter.items() if isinstance(value, str)}
+    return {"write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"}
 
 
 def _devices_in_words(plan: Plan) -> Iterator[str]:

@@ -41,10 +41,26 @@ from hf_merge.checking import check, line_of
 from hf_merge.errors import ParameterError, RecipeError, did_you_mean, shown
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import is_filter
-from hf_merge.schema import DType, ModelEntry, Models, Module, Part, Pattern, Rule, Setting, Slice, one_of
+from hf_merge.schema import (
+    DType,
+    ModelEntry,
+    Models,
+    Module,
+    Part,
+    Pattern,
+    RankOrSum,
+    Rule,
+    Setting,
+    Slice,
+    Targets,
+    one_of,
+)
 from hf_merge.tokenization.options import ChatTemplate, TokenizerOptions, TokenizerSource, keys_at
 from hf_merge.types import InMemory, Model, ModelRef, Ref
 from hf_merge.yaml_lines import MAX_BYTES, Document, Lines, load_documents
+
+ADAPTER_FIELDS = ("rank", "targets", "exact_svd", "keep_rest", "vllm", "space")
+"""What is said of an adapter, and of nothing else."""
 
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
 """Python spellings of words of the recipe."""
@@ -73,6 +89,16 @@ class Recipe(Part):
         tokenizer: of the result, and the rows of its tokens; the base's files as they are if not given.
         tokenizer_source: short for `tokenizer: {source: ..}`.
         chat_template: `auto`, a built-in name, or Jinja (the text of a file, once it is read).
+        output_format: a `model`, or the change of the base as a PEFT `adapter`. Of an adapter only:
+        rank: at most so many dimensions for each module (an integer), or as few as keep that share of its change's
+            squared norm (a number in (0, 1]); `sum`, for adapters alone, keeps all of them. All that changes if not
+            given.
+        targets: which modules get factors: names, ends of names such as `q_proj`, patterns, or `all-linear`; all
+            that change if not given.
+        exact_svd: decompose whole matrices, also where a random sketch of them would do.
+        keep_rest: whether changed norms, biases and other tensors that are no matrices are saved as they are, or left
+            out and told; saved if not given, but for vLLM.
+        vllm: write it as vLLM loads it, or refuse to.
         space: where adapters are merged with each other: in the joint spaces of their factors (core, the default), as
             full matrices, or A and B apart (factors), which is what PEFT's `linear` does and is wrong but for
             adapters that share one of them.
@@ -97,6 +123,12 @@ class Recipe(Part):
     tokenizer: TokenizerOptions | None = None
     tokenizer_source: TokenizerSource | None = None
     chat_template: ChatTemplate | None = None
+    output_format: Literal["model", "adapter"] | None = None
+    rank: RankOrSum | None = None
+    targets: Targets | None = None
+    exact_svd: bool = False
+    keep_rest: bool | None = None
+    vllm: bool = False
     space: Literal["core", "full", "factors"] | None = None
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
@@ -104,6 +136,13 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _one_way(self) -> Recipe:
         one_of(self, ("models", "slices", "modules"))
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_only(self) -> Recipe:
+        said = [name for name in ADAPTER_FIELDS if getattr(self, name) != type(self).model_fields[name].default]
+        if said and self.output_format == "model":
+            raise ValueError(f"says '{said[0]}', which is of an adapter: write output_format: adapter, or leave it out")
         return self
 
     @field_validator("tokenizer_source")

@@ -54,6 +54,27 @@ DType = Annotated[
 ]
 
 
+def _as_rank(value: Any) -> Any:
+    if value == "sum":
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+        value >= 1 if isinstance(value, int) else 0 < value <= 1
+    ):  # fmt: skip
+        raise ValueError("should be a positive integer, a share of the energy in (0, 1], or 'sum'")
+    return value
+
+
+def _as_targets(value: Any) -> Any:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(one, str) and one for one in listed):
+        raise ValueError("should be a list of names of modules, such as q_proj")
+    return tuple(listed)
+
+
+RankOrSum = Annotated[Any, BeforeValidator(_as_rank)]
+Targets = Annotated[tuple[str, ...], BeforeValidator(_as_targets)]
+
+
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 

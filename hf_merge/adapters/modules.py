@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_merge import _compat
@@ -34,9 +33,9 @@ class Layout:
     def tied(self) -> Mapping[str, str]:
         return self.tables.tied
 
-    def live(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the parameter that each tensor of a checkpoint becomes, or becomes part of."""
-        return self.tables.live(names)
+    def live(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return the parameters that each tensor of a checkpoint becomes, or becomes part of."""
+        return {name: place.live for name, place in self.tables.places(names).items()}
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
@@ -49,12 +48,32 @@ def _layout(config: str) -> Layout | None:
     model = _compat.empty_model(json.loads(config))
     if model is None:
         return None
-    inside = {f"{path}." for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    parts = {name: part for path, module in model.named_modules()
-             for name, part in _of_module(path, module, apart=f"{path}.".startswith(tuple(inside) or ("\0",)))}  # fmt: skip
+    inside = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    parts: dict[str, Part] = {}
+    for path, module in model.named_modules():
+        parts |= _of_module(path, module, apart=f"{path}.".startswith((*inside, "\0")))
     tables = _compat.Conversion(model)
-    alias = {name: parts[other] for name, other in tables.tied.items() if name not in parts and other in parts}
-    return Layout({**alias, **parts}, tables)
+    return Layout(_with_twins(model, parts, tables.tied), tables)
+
+
+def _with_twins(model: nn.Module, parts: Mapping[str, Part], tied: Mapping[str, str]) -> dict[str, Part]:
+    """Let tied matrices name the other modules that read them; a tied bias is that of the module that reads it."""
+    found = dict(parts)
+    twins: dict[str, list[tuple[str, Any]]] = {}
+    for alias, name in tied.items():
+        own, other = parts.get(alias), parts.get(name)
+        if own is None or other is None:
+            continue
+        if other.kind == "none" and own.kind == "bias":
+            found[name] = own
+        if {own.kind, other.kind} <= {"linear", "embedding"} and not _is_one(model, own, other):
+            twins.setdefault(name, []).append((own.module, own.kind))
+    return {name: replace(part, twins=tuple(twins.get(name, ()))) for name, part in found.items()}
+
+
+def _is_one(model: nn.Module, part: Part, other: Part) -> bool:
+    """Tell whether two names are those of one module."""
+    return model.get_submodule(part.module) is model.get_submodule(other.module)
 
 
 def _of_module(path: str, module: nn.Module, *, apart: bool) -> Iterator[tuple[str, Part]]:
@@ -80,6 +99,7 @@ def _of_module(path: str, module: nn.Module, *, apart: bool) -> Iterator[tuple[s
                 shape=() if kind == "whole" else shapes["weight"] if kind == "bias" else shape,
                 turned=_is_turned(module, kind, shape),
                 place=[*shapes].index(name) if kind == "experts" else 0,
+                biased="bias" in shapes and kind in ("linear", "conv", "bias"),
             ),
         )
 
@@ -136,16 +156,12 @@ def auto_mapping(config: Mapping[str, Any]) -> dict[str, str] | None:
     return None if found is None else {"base_model_class": found.__name__, "parent_library": found.__module__}
 
 
-def sizes(part: Part, rank: int) -> int:
+def numbers(part: Part, rank: int) -> int:
     """Return how many numbers the factors of a part have."""
     rows, columns = part.sides
-    return part.experts * rank * (rows + columns)
+    return part.experts * rank * (rows + columns) * len(part.modules)
 
 
 def largest_rank(part: Part) -> int:
     """Return the rank that holds every change of a part."""
     return max(1, min(part.sides))
-
-
-def as_spec(shape: tuple[int, ...]) -> torch.Size:
-    return torch.Size(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -28,6 +28,8 @@ class Part:
         shape: of the parameter in memory; of a bias that of its module's weight.
         turned: whether a weight is stored as [in, out], as in transformers' Conv1D, or as [experts, in, out].
         place: of experts: which parameter of its module it is, in the order of their registration.
+        biased: whether the module has a bias.
+        twins: modules that share the parameter, and their kinds: PEFT adapts each of them apart.
     """
 
     module: str
@@ -35,6 +37,13 @@ class Part:
     shape: tuple[int, ...] = ()
     turned: bool = False
     place: int = 0
+    biased: bool = False
+    twins: tuple[tuple[str, Kind], ...] = ()
+
+    @property
+    def modules(self) -> list[str]:
+        """The module, and those that share its parameter."""
+        return [self.module, *(module for module, _ in self.twins)]
 
     @property
     def owner(self) -> str:
@@ -111,6 +120,12 @@ def stored(part: Part, left: Tensor, right: Tensor) -> dict[str, Tensor]:
         right: [r, in]; of experts [experts, r, in].
     """
     name = PREFIX + part.owner
+    if part.twins:
+        turned = [stored(replace(part, module=module, kind=kind, twins=()), left, right)
+                  if kind == part.kind else stored(replace(part, module=module, kind=kind, twins=()), right.T, left.T)
+                  for module, kind in part.twins]  # fmt: skip
+        own = stored(replace(part, twins=()), left, right)
+        return {key: tensor for made in (own, *turned) for key, tensor in made.items()}
     if part.kind == "embedding":
         return {f"{name}.lora_embedding_A": right, f"{name}.lora_embedding_B": left}
     if part.kind == "experts":  # PEFT reads A as [experts, r, in] and B as [out, r, experts]
@@ -121,9 +136,16 @@ def stored(part: Part, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     return {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}
 
 
-def stored_bias(part: Part, change: Tensor) -> dict[str, Tensor]:
-    """Return the tensor by which PEFT keeps the change of a bias."""
-    return {f"{PREFIX}{part.module}.lora_B.bias": change}
+def stored_bias(part: Part, change: Tensor, value: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the tensors by which PEFT can keep the change of a bias; the writer takes one of them.
+
+    Args:
+        part: what changes.
+        change: what is added to the base's bias, beside the factors of the module.
+        value: what takes its place where PEFT allows no such thing.
+    """
+    plain = {} if value is None else {f"{PREFIX}{part.module}.bias": value}
+    return {f"{PREFIX}{part.module}.lora_B.bias": change, **plain}
 
 
 def widened(part: Part, key: str, tensor: Tensor, rank: int) -> Tensor:

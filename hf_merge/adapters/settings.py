@@ -6,10 +6,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from hf_merge.adapters.parts import FACTORED, Part
+from hf_merge.adapters.parts import Part
 from hf_merge.errors import OutputError
+
+Biases = Literal["none", "lora", "all"]
+"""Where changed biases are: nowhere, beside the factors of their modules, or in the place of the base's."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM's `max_lora_rank` takes."""
@@ -68,7 +71,7 @@ def adapter_config(
     ranks: Mapping[Part, int],
     saved: Sequence[str],
     *,
-    bias: bool,
+    bias: Biases,
     base_model: str | None,
     revision: str | None = None,
     task_type: str | None = None,
@@ -79,17 +82,18 @@ def adapter_config(
     Args:
         ranks: of all parts with factors.
         saved: modules that are saved whole.
-        bias: whether biases change too.
+        bias: where changed biases are.
         base_model: where PEFT finds the base.
         revision: of it.
         task_type: PEFT's word for what the model does.
         extra: more fields.
     """
     parts = sorted(ranks, key=lambda part: part.module)
-    counts = Counter(ranks[part] for part in parts)
-    common = [ranks[part] for part in parts if part.kind == "experts"] or [max(counts, key=lambda r: (counts[r], r))]
-    rank = common[0]
-    other = {"^" + re.escape(part.module): ranks[part] for part in parts if ranks[part] != rank}
+    modules = {name: ranks[part] for part in parts if part.kind != "experts" for name in part.modules}
+    experts = {part.module: ranks[part] for part in parts if part.kind == "experts"}
+    counts = Counter(modules.values())
+    rank = next(iter(experts.values())) if experts else max(counts, key=lambda each: (counts[each], each))
+    other = {"^" + re.escape(name): own for name, own in sorted(modules.items()) if own != rank}
     config = {
         "task_type": task_type,
         "base_model_name_or_path": base_model,
@@ -99,10 +103,11 @@ def adapter_config(
         "lora_alpha": rank,
         "rank_pattern": other,
         "alpha_pattern": other,
-        "target_modules": [part.module for part in parts if part.kind != "experts"],
-        "target_parameters": [part.module for part in parts if part.kind == "experts"] or None,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(experts) or None,
         "modules_to_save": sorted(saved) or None,
-        "lora_bias": bias,
+        "lora_bias": bias == "lora",
+        "bias": "all" if bias == "all" else "none",
         "fan_in_fan_out": any(part.turned for part in parts if part.kind == "linear"),
         **(extra or {}),
     }
@@ -117,8 +122,3 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     read = LoraConfig(**config).to_dict()
     plain = json.loads(json.dumps(read, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     return {**plain, "peft_version": peft.__version__}
-
-
-def factored(parts: Iterable[Part]) -> list[Part]:
-    """Return those parts that are kept as factors."""
-    return [part for part in parts if part.kind in FACTORED]

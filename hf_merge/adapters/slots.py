@@ -52,7 +52,7 @@ class Change:
         if self.is_left_out or self.part.kind not in (*FACTORED, "bias"):
             return Finished(energy=energy, left_out=_largest(change))
         if self.part.kind == "bias":
-            return Finished(self._rounded(stored_bias(self.part, change)), energy=energy)
+            return Finished(self._rounded(stored_bias(self.part, change, merged[0])), energy=energy)
         return self._factors(change, energy)
 
     def _change(self, merged: Sequence[Tensor]) -> Tensor:
@@ -75,8 +75,8 @@ class Change:
         return Finished(self._rounded(tensors), energy=change.double().square().sum().item())
 
     def _factors(self, change: Tensor, energy: float) -> Finished:
-        found = [truncate(one, self.rank, exact=self.exact, seed=self.seed)
-                 for one in (matrices(self.part, change) if self.part.kind == "experts" else [matrices(self.part, change)])]  # fmt: skip
+        stack = matrices(self.part, change) if self.part.kind == "experts" else [matrices(self.part, change)]
+        found = [truncate(one, self.rank, exact=self.exact, seed=self.seed) for one in stack]
         rank = max(one.rank for one in found)
         lefts = [torch.nn.functional.pad(one.left, (0, rank - one.rank)) for one in found]
         rights = [torch.nn.functional.pad(one.right, (0, 0, 0, rank - one.rank)) for one in found]

@@ -1,7 +1,7 @@
 """Finished parts -> adapter_model.safetensors and adapter_config.json, in a folder that appears when it is whole.
 
-Which modules change, and at which rank, is known when all is merged. Until then the factors lie in one file beside, each
-where there was room; then the header is written, and behind it the factors in the order of their names.
+Which modules change, and at which rank, is known when all is merged. Until then the factors lie in one file beside,
+each where there was room; then the header is written, and behind it the factors in the order of their names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from hf_merge.adapters.parts import FACTORED, PREFIX, Finished, Part, Slot, stored, stored_bias, widened
-from hf_merge.adapters.settings import adapter_config, ranks_to_write, refuse_for_vllm
+from hf_merge.adapters.parts import FACTORED, PREFIX, Finished, Part, Slot, stored_bias, widened
+from hf_merge.adapters.settings import Biases, adapter_config, ranks_to_write, refuse_for_vllm
 from hf_merge.errors import ComputeError, OutputError
 from hf_merge.planning import Plan
 from hf_merge.types import DTYPE_NAMES, TensorSpec
@@ -57,7 +57,7 @@ class AdapterWriter:
         output: the folder to make.
         plan: what is merged.
         slots: what becomes of each tensor of the plan; those without one are left out. Names with the same slot are
-            handed to it together.
+            handed to it together; a name with several slots is handed to each.
         base_model: what adapter_config.json names as the base: a Hub id or a path.
         revision: the base's commit on the Hub.
         task_type: PEFT's word for what the model does (`CAUSAL_LM`, ...).
@@ -69,6 +69,7 @@ class AdapterWriter:
 
     Attributes:
         folder: where files are put that belong to the adapter.
+        carrier: of files; none takes an adapter away piece by piece.
 
     Raises:
         OutputExistsError: the output exists and is not empty.
@@ -79,7 +80,7 @@ class AdapterWriter:
         self,
         output: Path,
         plan: Plan,
-        slots: Mapping[str, Slot],
+        slots: Mapping[str, Slot | Sequence[Slot]],
         *,
         base_model: str | None,
         revision: str | None = None,
@@ -93,14 +94,16 @@ class AdapterWriter:
         self.output, self.plan, self.overwrite, self.vllm = output, plan, overwrite, vllm
         self.dtype, self.metadata = dtype, metadata
         self._words = {"base_model": base_model, "revision": revision, "task_type": task_type, "extra": extra_config}
-        self._slots, self._names = slots, _grouped(slots)
+        self._slots = {name: [*slot] if isinstance(slot, Sequence) else [slot] for name, slot in slots.items()}
+        self._names = _grouped(self._slots)
         self._waiting: dict[str, Tensor] = {}
         self._missing = {name: plan.specs[name].numel for name in slots}
         self._done: set[str] = {name for name, missing in self._missing.items() if not missing}
+        self._asked = {name: len(own) for name, own in self._slots.items()}
         self._guard, self._end = Lock(), 0
         self._kept: dict[Part, Kept] = {}
         self._config: dict[str, Any] | None = None
-        self.folder = partial_folder(output)
+        self.carrier, self.folder = None, partial_folder(output)
         self._lock = FileLock(self.folder / _LOCK, blocking=False)
         refuse_existing(output, overwrite=overwrite)
         try:
@@ -123,6 +126,17 @@ class AdapterWriter:
     def __enter__(self) -> AdapterWriter:
         return self
 
+    def is_finished(self, tensor: str) -> bool:
+        """Tell whether a tensor need not be computed."""
+        return tensor not in self._slots
+
+    def sizes_before(self) -> list[int]:
+        """Return the bytes of tensors of an earlier run: an adapter begins afresh."""
+        return []
+
+    def stop(self) -> None:
+        """Give up: nobody waits in `write`."""
+
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Take elements of a merged tensor, beginning with the one of index `start`. Safe to call from many threads.
 
@@ -132,21 +146,18 @@ class AdapterWriter:
         """
         if name not in self._slots or not values.numel():
             return
-        merged = self._collected(name, start, values)
-        if merged is None:
-            return
-        slot = self._slots[name]
-        try:
-            finished = slot.finish(*merged)
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            raise ComputeError(f"'{slot.part.module}' as a part of an adapter: {error}.") from error
-        self.keep(slot.part, finished)
+        for slot, merged in self._ready(name, start, values):
+            try:
+                finished = slot.finish(*merged)
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                raise ComputeError(f"'{slot.part.module}' as a part of an adapter: {error}.") from error
+            self.keep(slot.part, finished)
 
-    def _collected(self, name: str, start: int, values: Tensor) -> list[Tensor] | None:
-        """Return all tensors of a slot once they are whole."""
-        spec, names = self.plan.specs[name], self._names[id(self._slots[name])]
-        if len(names) == 1 and values.numel() == spec.numel:
-            return [values.view(spec.shape)]
+    def _ready(self, name: str, start: int, values: Tensor) -> list[tuple[Slot, list[Tensor]]]:
+        """Return the slots that have all their tensors now."""
+        spec, slots = self.plan.specs[name], self._slots[name]
+        if values.numel() == spec.numel and len(slots) == 1 and len(self._names[id(slots[0])]) == 1:
+            return [(slots[0], [values.view(spec.shape)])]
         with self._guard:
             if name not in self._waiting:
                 self._waiting[name] = torch.empty(spec.shape, dtype=spec.dtype)
@@ -154,11 +165,19 @@ class AdapterWriter:
         buffer.view(-1)[start : start + values.numel()] = values.view(-1)
         with self._guard:
             self._missing[name] -= values.numel()
-            if not self._missing[name]:
-                self._done.add(name)
-            if self._missing[name] or not self._done.issuperset(names):
-                return None
-            return [self._waiting.pop(each, torch.empty(self.plan.specs[each].shape)) for each in names]
+            if self._missing[name]:
+                return []
+            self._done.add(name)
+            ready = [slot for slot in slots if self._done.issuperset(self._names[id(slot)])]
+            return [(slot, [self._taken(each) for each in self._names[id(slot)]]) for slot in ready]
+
+    def _taken(self, name: str) -> Tensor:
+        """Return a whole tensor; the last slot that asks for it is the last to hold it."""
+        self._asked[name] -= 1
+        tensor = self._waiting.get(name)
+        if not self._asked[name]:
+            self._waiting.pop(name, None)
+        return torch.empty(self.plan.specs[name].shape) if tensor is None else tensor
 
     def keep(self, part: Part, finished: Finished) -> None:
         """Write what is known of a part. Safe to call from many threads.
@@ -206,9 +225,7 @@ class AdapterWriter:
 
     def _write_weights(self, kept: Sequence[Kept]) -> None:
         """Decide ranks and names, then write header and tensors."""
-        present = _to_write(kept)
-        bias = any(one.part.kind == "bias" for one in present)
-        present += list(_zeros_for_biases(present)) if bias else []
+        present, bias = _with_biases(_to_write(kept))
         if self.vllm:
             refuse_for_vllm(one.part for one in present)
         ranks = {one.part: one.finished.rank for one in present if one.part.kind in FACTORED}
@@ -299,11 +316,12 @@ class AdapterWriter:
         return OutputError(f"'{self.output}' cannot be written: {error.strerror or error}.")
 
 
-def _grouped(slots: Mapping[str, Slot]) -> dict[int, list[str]]:
+def _grouped(slots: Mapping[str, Sequence[Slot]]) -> dict[int, list[str]]:
     """Return the names of each slot."""
     names: dict[int, list[str]] = {}
-    for name, slot in slots.items():
-        names.setdefault(id(slot), []).append(name)
+    for name, own in slots.items():
+        for slot in own:
+            names.setdefault(id(slot), []).append(name)
     return names
 
 
@@ -318,24 +336,41 @@ def _to_write(kept: Sequence[Kept]) -> list[Kept]:
     return [one for one in kept if one.places and (one.part.kind != "whole" or one.part in taken)]
 
 
-def _zeros_for_biases(present: Sequence[Kept]) -> Iterator[Kept]:
-    """Yield what PEFT asks for beside a changed bias: factors for its module, and a bias for every other module."""
-    factored = {one.part.module: one for one in present if one.part.kind == "linear" or one.part.kind == "conv"}
+def _with_biases(present: Sequence[Kept]) -> tuple[list[Kept], Biases]:
+    """Choose how biases are kept: beside the factors of their modules, or in the base's place where PEFT forbids that.
+
+    It forbids that where an embedding or experts have factors, or a module without a bias.
+    """
+    factored = {name: one for one in present if one.part.kind in FACTORED for name in one.part.modules}
     biased = {one.part.module: one for one in present if one.part.kind == "bias"}
-    for module, one in biased.items():
-        if module not in factored:
-            kind = "linear" if len(one.part.shape) == 2 else "conv"
-            part = replace(one.part, kind=kind)
-            rows, columns = part.sides
-            ((_, spec),) = one.places.values()
-            left, right = (torch.empty(shape, dtype=spec.dtype, device="meta") for shape in ((rows, 1), (1, columns)))
-            yield Kept(part, Finished(rank=1), _nowhere(stored(part, left, right)))
-    for module, one in factored.items():
-        if module not in biased:
-            spec = next(iter(one.places.values()))[1]
-            part = replace(one.part, kind="bias")
-            bias = torch.empty(one.part.sides[0], dtype=spec.dtype, device="meta")
-            yield Kept(part, Finished(), _nowhere(stored_bias(part, bias)))
+    if not biased:
+        return [*present], "none"
+    kinds = ("linear", "conv")
+    beside = all(one.part.kind in kinds and one.part.biased and not one.part.twins for one in factored.values())
+    if beside and biased.keys() <= factored.keys():
+        zeros = [_zero_bias(one) for module, one in factored.items() if module not in biased]
+        return [*(_only(one, ".lora_B.bias") for one in present), *zeros], "lora"
+    return [_only(one, ".bias", module=".base_layer" if one.part.module in factored else "") for one in present], "all"
+
+
+def _only(one: Kept, end: str, module: str = "") -> Kept:
+    """Keep of a bias its change or its value, under the name of the module that holds it then."""
+    if one.part.kind != "bias":
+        return one
+    stem = PREFIX + one.part.module
+    if stem + end not in one.places:
+        raise OutputError(
+            f"PEFT has no place for the change of the bias of '{one.part.module}' beside embeddings, experts and "
+            "modules without a bias: leave the rest out by keep_rest: false."
+        )
+    return replace(one, places={stem + module + end: one.places[stem + end]})
+
+
+def _zero_bias(one: Kept) -> Kept:
+    """Stand for the bias of a module that has not changed, which PEFT asks for beside others."""
+    spec = next(iter(one.places.values()))[1]
+    bias = torch.empty(one.part.sides[0], dtype=spec.dtype, device="meta")
+    return Kept(replace(one.part, kind="bias"), Finished(), _nowhere(stored_bias(one.part, bias)))
 
 
 def _nowhere(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, TensorSpec]]:

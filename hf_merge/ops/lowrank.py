@@ -1,4 +1,4 @@
-"""A matrix as the product of two thin ones: the best approximation of a rank, or the smallest rank that keeps enough."""
+"""A matrix as the product of two thin ones: the best of a rank, or the smallest rank that keeps enough."""
 
 from __future__ import annotations
 
