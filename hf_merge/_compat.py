@@ -526,24 +526,20 @@ def is_transposed(config: Mapping[str, Any], module: str) -> bool:
     return False
 
 
-def peft_model(config: Mapping[str, Any], adapter: Mapping[str, Any], values: Mapping[str, Tensor]) -> Any:
+def peft_model(
+    config: Mapping[str, Any], adapter: Mapping[str, Any], values: Mapping[str, Tensor], *, rest: str
+) -> Any:
     """Build a model in which PEFT has put an adapter, without values but for some parameters of the base.
 
     Args:
         config: the base's config.json.
         adapter: the adapter's config.
         values: parameters of the base, by their names in memory, in float32.
+        rest: what the other parameters are: on the `meta` device, or zeros on the `cpu` that take no memory.
 
     Raises:
         Exception: whatever PEFT raises for an adapter that it cannot put there.
     """
-    try:
-        return _peft_model(config, adapter, values, rest="meta")
-    except (NotImplementedError, RuntimeError):  # it moves tensors to the base's device, or looks at values there
-        return _peft_model(config, adapter, values, rest="cpu")
-
-
-def _peft_model(config: Mapping[str, Any], adapter: Mapping[str, Any], values: Mapping[str, Tensor], rest: str) -> Any:
     import warnings
 
     import torch
@@ -557,7 +553,7 @@ def _peft_model(config: Mapping[str, Any], adapter: Mapping[str, Any], values: M
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = values.get(f"{path}.{name}" if path else name)
             if value is None and rest == "cpu":
-                value = torch.zeros(1).expand(parameter.shape)  # takes no memory
+                value = torch.zeros(1).expand(parameter.shape)
             if value is not None:
                 setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
     changes = {"inference_mode": True, "modules_to_save": None, "trainable_token_indices": None, "progressbar": False}

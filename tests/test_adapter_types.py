@@ -141,7 +141,7 @@ def test_what_peft_applies_is_checked_by_headers_and_values(tmp_path):
     with pytest.raises(SourceError, match=r"has the shape \[3, 3\], and on .* it would have"):
         open_source(ModelRef.parse(name))
     save_file({**tensors, "base_model.model.absent.weight": torch.ones(3)}, path)
-    with pytest.raises(SourceError, match="lacks 'absent.weight'"):
+    with pytest.raises(SourceError, match=r"lacks 'absent\.weight'"):
         open_source(ModelRef.parse(name))
     save_file({**tensors, key: tensors[key] * float("nan")}, path)
     source = open_source(ModelRef.parse(name))

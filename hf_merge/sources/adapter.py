@@ -182,7 +182,7 @@ def _tuned_steps(base: Source, adapter: Adapter) -> _Steps:
         for name, reads in tuned.reads.items()
     }
     rest = Lora(adapter.source, adapter.config, {}, tuned.whole, {})
-    return {**steps, **_Fitting(base, rest, adapter.trained_on).steps()}
+    return {**steps, **_Fitting(base, rest, adapter.trained_on).steps(beside=[*tuned.reads])}
 
 
 class _Fitting:
@@ -201,11 +201,15 @@ class _Fitting:
         self._rows = token_rows(lora)
         self._tied = _tied(base)
 
-    def steps(self) -> _Steps:
-        """Return the steps by the base's names; a tied head that the base lacks has its own name."""
+    def steps(self, beside: Sequence[str] = ()) -> _Steps:
+        """Return the steps by the base's names; a tied head that the base lacks has its own name.
+
+        Args:
+            beside: further names that the adapter has for tensors of the base.
+        """
         wanted = [self._name(one) for one in self.lora.factored.values()]
         names = [*wanted, *self.lora.whole, *(f"{module}.weight" for module in self.lora.tokens)]
-        self._places = Places(self.base, names)
+        self._places = Places(self.base, [*names, *beside])
         for name, key in self.lora.whole.items():
             self._put(name, key)
         for module, key in self.lora.tokens.items():

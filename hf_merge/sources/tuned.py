@@ -12,6 +12,7 @@ from hf_merge import _compat
 from hf_merge.errors import SourceError, shown
 from hf_merge.schedule import layer_of
 from hf_merge.sources.base import Source
+from hf_merge.sources.changes import finite
 from hf_merge.sources.lora import FIX, PREFIX, plain_name
 
 PROMPTS = {"CARTRIDGE", "CPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
@@ -35,6 +36,14 @@ UNMERGED = {
     "megatron_config": "it is part of a Megatron model",
 }
 """Fields of a LoRA's config for variants that no weight of the base can hold, and why."""
+
+_ALONE = {
+    "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
+    "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SUPERTUNING", "WAVEFT",
+}  # fmt: skip
+"""Types whose layers share nothing: the others may have no values at all. Any other type wants a device for them."""
+_BY_VALUES = {"ADAMSS"}
+"""Types whose tensors' shapes depend on the values of the base."""
 
 _AT_A_TIME = 1 << 28  # bytes of the base's weights that are merged at a time
 
@@ -85,11 +94,9 @@ class Tuned:
         self.base, self.adapter, self.config = base, adapter, config
         self._lock, self._ready = threading.Lock(), dict[str, Tensor]()
         model = self._built({})
-        self.targets = _compat.peft_targets(model)
-        self.whole = self._checked(_compat.peft_tensors(model))
-        empty = _compat.empty_model(base.config)
-        assert empty is not None  # or it would not have been built
-        self._tables = _compat.Conversion(empty)
+        self.targets, expected = _compat.peft_targets(model), _compat.peft_tensors(model)
+        self._tables = _compat.Conversion(model.unload())
+        self.whole = self._checked(expected)
         self.live = self._tables.live(base.specs)
         saved: dict[str, list[str]] = {}
         for name, live in self.live.items():
@@ -103,8 +110,9 @@ class Tuned:
         return [name for name in self._tables.shapes if name.rpartition(".")[0] == module]
 
     def _built(self, values: Mapping[str, Tensor]) -> Any:
+        rest = "meta" if self.config.get("peft_type") in _ALONE else "cpu"
         try:
-            return _compat.peft_model(self.base.config, self.config, values)
+            return _compat.peft_model(self.base.config, self.config, values, rest=rest)
         except ImportError as error:
             raise SourceError(f"'{self.adapter.label}' needs a package for its type: {error}.") from None
         except Exception as error:  # PEFT raises as it likes
@@ -120,7 +128,8 @@ class Tuned:
     def _checked(self, expected: Mapping[str, Tensor]) -> dict[str, str]:
         """Compare headers with what PEFT would save; return the tensors that are none of its own."""
         specs = self.adapter.specs
-        for key, tensor in expected.items():
+        by_values = self.config.get("peft_type") in _BY_VALUES
+        for key, tensor in expected.items() if not by_values else ():
             if key not in specs:
                 raise SourceError(f"'{self.adapter.label}' lacks '{key}', which its config asks for: {FIX}.")
             if specs[key].shape != tuple(tensor.shape):
@@ -129,7 +138,9 @@ class Tuned:
                     f"'{self.base.label}' it would have {list(tensor.shape)}: it was trained on "
                     f"'{self.config.get('base_model_name_or_path')}'; name that as its base."
                 )
-        return {plain_name(key.removeprefix(PREFIX)): key for key in specs if key not in expected}
+        others = {plain_name(key.removeprefix(PREFIX)): key for key in specs if key not in expected}
+        layers = tuple(f"{module}." for module in self.targets)
+        return {name: key for name, key in others.items() if name in self._tables.shapes or not name.startswith(layers)}
 
     def _grouped(self) -> list[list[str]]:
         """Put modules together that are merged at a time: of one layer, as far as memory allows."""
@@ -180,4 +191,4 @@ class Tuned:
         wanted = tuple(f"{PREFIX}{module}." for module in modules)
         others = tuple(f"{PREFIX}{module}." for module in self.targets)
         own = [k for k in self.adapter.specs if k not in self.whole.values()]
-        return {key: self.adapter[key] for key in own if key.startswith(wanted) or not key.startswith(others)}
+        return {key: finite(self.adapter, key) for key in own if key.startswith(wanted) or not key.startswith(others)}
