@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -486,3 +487,186 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def parts_on_disk(config: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+    """Map names of a checkpoint to the parameter they are, or lie in, and a view on the meta device that says where.
+
+    The views' shapes, strides and offsets are those within the parameter, whose tensor is contiguous. What
+    transformers computes when it saves, and does not merely cut out of one parameter, is left out.
+    """
+    from bisect import bisect_right
+    from itertools import accumulate
+
+    import torch
+
+    module = empty_model(config)
+    if module is None:
+        return {}
+    tables = Conversion(module)
+    kept = {name: tensor for name, tensor in tables.shapes.items() if name not in tables.tied}
+    starts = [*accumulate((max(t.numel(), 1) for t in kept.values()), initial=1)]  # a copy begins at 0
+    store = torch.empty(starts[-1], dtype=torch.float32, device="meta")
+    live = {n: store[s : s + t.numel()].view(t.shape) for (n, t), s in zip(kept.items(), starts, strict=False)}
+    found: dict[str, tuple[str, Tensor]] = {}
+    names = list(kept)
+    for name, tensor in tables.to_disk(live).items():
+        place = bisect_right(starts, tensor.storage_offset()) - 1
+        if place >= 0:
+            offset = tensor.storage_offset() - starts[place]
+            found[name] = names[place], store.as_strided(tensor.shape, tensor.stride(), offset)
+    return found
+
+
+def is_transposed(config: Mapping[str, Any], module: str) -> bool:
+    """Tell whether a module's class says that its experts' weights are [in, out]."""
+    model = empty_model(config)
+    with contextlib.suppress(AttributeError):
+        return bool(getattr(model.get_submodule(module), "is_transposed", False)) if model is not None else False
+    return False
+
+
+def peft_model(
+    config: Mapping[str, Any], adapter: Mapping[str, Any], values: Mapping[str, Tensor], *, rest: str
+) -> Any:
+    """Build a model in which PEFT has put an adapter, without values but for some parameters of the base.
+
+    Args:
+        config: the base's config.json.
+        adapter: the adapter's config.
+        values: parameters of the base, by their names in memory, in float32.
+        rest: what the other parameters are: on the `meta` device, or zeros on the `cpu` that take no memory.
+
+    Raises:
+        Exception: whatever PEFT raises for an adapter that it cannot put there.
+    """
+    import warnings
+
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    model = empty_model(config)
+    if model is None:
+        raise ValueError("its base is no model class of transformers")
+    model.float().eval()
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = values.get(f"{path}.{name}" if path else name)
+            if value is None and rest == "cpu":
+                value = torch.zeros(1).expand(parameter.shape)
+            if value is not None:
+                setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+    changes = {"inference_mode": True, "modules_to_save": None, "trainable_token_indices": None, "progressbar": False}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        words = PeftConfig.from_peft_type(**adapter)
+        for key, value in changes.items():
+            if hasattr(words, key):
+                setattr(words, key, value)
+        return PeftModel(model, words)
+
+
+def peft_tensors(model: Any) -> dict[str, Tensor]:
+    """Return what PEFT would save of the adapter in a model, by the names in its file."""
+    import warnings
+
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def peft_targets(model: Any) -> list[str]:
+    """Name the modules that an adapter changes."""
+    return list(dict.fromkeys(model.base_model.targeted_module_names))
+
+
+def peft_merge(model: Any, tensors: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Tensor]:
+    """Give an adapter its values, merge it into some modules, and return their parameters by their names in memory.
+
+    Args:
+        model: made by `peft_model` with the values of these modules.
+        tensors: the adapter's: what belongs to these modules, and what belongs to none.
+        modules: which are merged.
+
+    Raises:
+        ValueError, RuntimeError: values that are not finite, or tensors that do not fit.
+    """
+    import warnings
+
+    import torch
+    from peft import set_peft_model_state_dict
+
+    found: dict[str, Tensor] = {}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        set_peft_model_state_dict(model, dict(tensors))
+        for name in modules:
+            layer = model.base_model.model.get_submodule(name)
+            layer.merge(safe_merge=True)
+            own = layer.get_base_layer().named_parameters(recurse=False)
+            found |= {f"{name}.{leaf}": parameter.data for leaf, parameter in own}
+    return found
+
+
+def peft_live(module: Any) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Return config and tensors of the active adapters of a live model, by name; nothing if it has none.
+
+    Raises:
+        ValueError: one is merged into the weights already.
+    """
+    if not getattr(module, "peft_config", None):
+        return {}
+    import warnings
+
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if any(getattr(part, "merged_adapters", None) for part in module.modules()):
+        raise ValueError("has merged its adapter into its weights")
+    active = module.active_adapters if isinstance(module, PeftModel) else module.active_adapters()
+    names = [active] if isinstance(active, str) else [*active]
+    found: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            tensors = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
+            tensors = {k if k.startswith("base_model.") else f"base_model.model.{k}": t for k, t in tensors.items()}
+            found[name] = json.loads(json.dumps(module.peft_config[name].to_dict(), default=_plain_word)), tensors
+    return found
+
+
+def _plain_word(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
+
+
+def peft_base(module: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Return the model under a live model's adapters and its tensors by their names without PEFT's."""
+    from peft import PeftModel
+
+    model = module.get_base_model() if isinstance(module, PeftModel) else module
+    found: dict[str, Tensor] = {}
+    for name, part in model.named_modules():
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for leaf, tensor in own:
+            path = f"{name}.{leaf}" if name else leaf
+            if leaf in part._non_persistent_buffers_set or _is_adapters(model, path):
+                continue
+            found[re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)] = tensor
+    return model, found
+
+
+def _is_adapters(model: Any, path: str) -> bool:
+    """Tell whether a tensor belongs to an adapter: it lies in what PEFT wraps around a module of the base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    words = path.split(".")
+    part = model
+    for word in words:
+        if isinstance(part, AuxiliaryTrainingWrapper) and word != "original_module":
+            return True
+        if isinstance(part, BaseTunerLayer) and word != "base_layer":
+            return True
+        part = getattr(part, word)
+    return False

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_merge.errors import SourceError
-from hf_merge.sources.adapter import WithAdapter, open_adapter
+from hf_merge.sources.adapter import Adapter, WithAdapter, open_adapter
 from hf_merge.sources.base import Source
 from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.folder import Folder
@@ -67,10 +67,8 @@ def _open_reference(model: ModelRef, found: Mapping[ModelRef, _Found]) -> Source
     own, *adapters = model.parts
     folder, file, origin = found[own]
     source = dequantized(Checkpoint(folder, str(own), file=file, **origin))
-    for adapter in adapters:
-        folder, _, origin = found[adapter]
-        source = WithAdapter(source, *open_adapter(folder, str(adapter), **origin))
-    return source
+    opened = [Adapter(*open_adapter(found[one][0], str(one), **found[one][2])) for one in adapters]
+    return WithAdapter(source, *opened) if opened else source
 
 
 def _located(model: ModelRef, **hub: Any) -> _Found:

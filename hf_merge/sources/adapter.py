@@ -1,106 +1,103 @@
-"""A model with a PEFT adapter as a source: base + scale * B A, computed when a tensor is read."""
+"""A model with PEFT adapters as a source: what the adapters make of a tensor is computed when it is read."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_merge.architecture import disk_names
+from hf_merge import _compat
+from hf_merge.architecture import skeleton
 from hf_merge.errors import SourceError
 from hf_merge.sources.base import Source
+from hf_merge.sources.changes import Add, AddVector, Change, Give, Put, PutRows, Rescale, Step, changed
 from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.folder import Folder, read_object
-from hf_merge.sources.lora import FIX, Factored, Lora, prefixes, read_lora
+from hf_merge.sources.lora import FIX, Factored, Lora, read_lora, read_tokens, token_rows
+from hf_merge.sources.places import ALL, Place, Places
 from hf_merge.sources.quantized import CONV1D_MODELS
+from hf_merge.sources.tuned import Tuned, is_peft_s, refuse
 from hf_merge.sources.view import Made, View
 from hf_merge.types import TensorSpec
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
-_PIECE = 1 << 20  # elements that are computed at a time
-Rename = Callable[[str], str]
 _CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
+_Steps = dict[str, tuple[Step, ...]]
 
 
 @dataclass(frozen=True)
-class Change:
-    """What an adapter does to one tensor of the base.
+class Adapter:
+    """An adapter, and how much of what it changes is added to a base.
 
     Attributes:
-        weight: takes the base's place, for `modules_to_save` and trained biases.
-        left: [out, r], with `right` added as scale * left @ right, to the weight as a matrix.
-        right: [r, in].
-        scale: of the product, or of `bias`.
-        transposed: whether the weight is stored as [in, out].
-        bias: is added, times scale.
+        source: its tensors.
+        config: its adapter_config.json.
+        weight: of its change.
     """
 
-    weight: str | None = None
-    left: str | None = None
-    right: str | None = None
-    scale: float = 1.0
-    transposed: bool = False
-    bias: str | None = None
+    source: Source
+    config: Mapping[str, Any]
+    weight: float = 1.0
+
+    @property
+    def trained_on(self) -> str:
+        """Return what it says that its base is, or nothing."""
+        return str(self.config.get("base_model_name_or_path") or "")
 
 
 class WithAdapter(View):
-    """A base with a LoRA adapter added; names, shapes, dtypes, config and tokenizer are the base's.
+    """A base with adapters; names, shapes, dtypes, config and tokenizer are the base's.
+
+    The result is base + sum of weight * (what the adapter makes of the base - base), rounded once. A head that is
+    tied to the embeddings and that the adapters treat otherwise is shown apart, and the config says so.
 
     Args:
         base: the model.
-        adapter: the adapter's tensors.
-        config: its adapter_config.json.
+        adapters: one or more.
+        in_memory: whether all of it is one object, and no model or adapter with a name of its own.
+
+    Raises:
+        SourceError: an adapter cannot be read, or does not fit the base.
     """
 
-    def __init__(self, base: Source, adapter: Source, config: Mapping[str, Any]):
-        self.adapter = adapter
-        changes = _changes(base, read_lora(adapter, config))
-        made = {name: self._made_of(name, change, base.specs[name]) for name, change in changes.items()}
+    def __init__(self, base: Source, *adapters: Adapter, in_memory: bool = False):
+        self.adapters, self._in_memory = adapters, in_memory
+        found = [(_steps_of(base, adapter), adapter.weight) for adapter in adapters]
+        tied, apart, self._apart = _untied(base, [steps for steps, _ in found])
+        names = list(dict.fromkeys(name for steps, _ in found for name in steps))
+        made: dict[str, Made] = {}
+        for name in [*names, *apart]:
+            origin = tied.get(name, name)
+            changes = [Change(steps[name], weight) for steps, weight in found if name in steps]
+            made[name] = _made(base, name, origin, changes)
         super().__init__(base, made)
-        self.label, self.public_id, self.revision = f"{base.label}+{adapter.label}", None, None
+        self.label = base.label if in_memory else "+".join([base.label, *(_told(one) for one in adapters)])
+        self.public_id = self.revision = None
+        self.remarks = (*base.remarks, *(text for one in adapters if (text := _other_base(base, one))))
+        if self._apart:
+            self.remarks += (
+                f"'{self.label}' changes embeddings and head in different ways, and its base ties them: the result has "
+                "both, untied, as the adapter itself computes.",
+            )
 
     @property
     def parts(self) -> tuple[Source, ...]:
-        return (*self.source.parts, self.adapter)
+        return (self,) if self._in_memory else (*self.source.parts, *(one.source for one in self.adapters))
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return untied(self.source.config) if self._apart else self.source.config
 
     def fingerprint(self) -> str | None:
-        found = [self.source.fingerprint(), self.adapter.fingerprint()]
-        return None if None in found else json.dumps(found)
-
-    def _made_of(self, name: str, change: Change, spec: TensorSpec) -> Made:
-        keys = [key for key in (change.weight, change.left, change.right, change.bias) if key is not None]
-        reads = () if change.weight else (name,)
-        elsewhere = sum(self.adapter.specs[key].nbytes for key in keys)
-        borrowed = tuple((self.adapter, key) for key in keys)
-        return Made(spec, partial(self._changed, name, change), reads, elsewhere, borrowed)
-
-    def _changed(self, name: str, change: Change) -> Tensor:
-        """Compute one tensor, a few rows at a time."""
-        weight = self.source[name] if change.weight is None else self.adapter[change.weight]
-        dtype = self.specs[name].dtype
-        if change.bias is not None:
-            return (weight.float() + change.scale * self.adapter[change.bias].float()).to(dtype)
-        if change.left is None or change.right is None:
-            return weight.to(dtype)
-        left = self.adapter[change.left].float().flatten(1)
-        right = self.adapter[change.right].float().flatten(1)
-        if change.transposed:
-            left, right = right.T, left.T
-        made = torch.empty(weight.shape, dtype=dtype)
-        rows, flat = made.flatten(1), weight.flatten(1)
-        height = max(1, _PIECE // max(rows.shape[1], 1))
-        for start in range(0, len(rows), height):
-            piece = slice(start, start + height)
-            wide = torch.promote_types(flat.dtype, torch.float32)
-            rows[piece] = torch.add(flat[piece].to(wide), left[piece] @ right, alpha=change.scale)
-        return made
+        found = [self.source.fingerprint(), *(one.source.fingerprint() for one in self.adapters)]
+        return None if None in found else json.dumps([found, [one.weight for one in self.adapters]])
 
 
 def open_adapter(folder: Folder, label: str, **hub: Any) -> tuple[Checkpoint, Mapping[str, Any]]:
@@ -120,88 +117,278 @@ def open_adapter(folder: Folder, label: str, **hub: Any) -> tuple[Checkpoint, Ma
     return Checkpoint(folder, label, file=weights, **hub), read_object(folder.paths([CONFIG])[0])
 
 
-def _changes(base: Source, lora: Lora) -> dict[str, Change]:
-    """Find the base's tensor for every tensor of the adapter."""
-    adapter, plain = lora.source, lora.whole
-    if lora.tokens:
-        raise SourceError(f"'{next(iter(lora.tokens.values()))}' of '{adapter.label}' is not read yet: {FIX}.")
-    wanted = [(f"{name}.weight", key) for name, one in lora.factored.items() for key in (one.left, one.right)]
-    rename = _renaming([name for name, _ in wanted] + list(plain), base)
-    for name, key in [*wanted, *plain.items()]:
-        if rename(name) not in base.specs:
-            raise SourceError(f"'{key}' of '{adapter.label}' has no place in '{base.label}', which lacks '{name}'.")
-    changes = {rename(name): Change(weight=key) for name, key in plain.items()}
-    for name, key in plain.items():
-        _same_shape(base.specs[rename(name)], adapter, key)
-    for one in lora.factored.values():
-        for name, change in _of_module(one, rename, base, lora):
-            whole = changes.get(name)
-            changes[name] = replace(change, weight=whole.weight) if whole else change
-    return changes
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that says that embeddings and head are apart."""
+    nested = {key: untied(part) for key, part in config.items() if isinstance(part, Mapping) and "model_type" in part}
+    inner = {key: part for key, part in nested.items() if "tie_word_embeddings" in config[key]}
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
-def _renaming(names: list[str], base: Source) -> Rename:
-    """Find what turns names of an adapter into the base's: another prefix before them all, or its names on disk.
+def _told(adapter: Adapter) -> str:
+    return adapter.source.label if adapter.weight == 1 else f"{adapter.weight:g}*{adapter.source.label}"
 
-    PEFT has the names of modules in memory, which transformers may save under others.
+
+def _made(base: Source, name: str, origin: str, changes: Sequence[Change]) -> Made:
+    steps = [step for change in changes for step in change.steps]
+    borrowed = tuple({(id(step.source), key): (step.source, key) for step in steps for key in step.keys}.values())
+    reads = tuple(dict.fromkeys([origin, *(n for step in steps if isinstance(step, Give) for n in step.reads)]))
+    if changes and len(changes) == 1 and changes[0].weight == 1 and isinstance(changes[0].steps[0], Put):
+        reads = () if changes[0].steps[0].place.inside == ALL else reads
+    elsewhere = sum(source.specs[key].nbytes for source, key in borrowed)
+    stacked = any(isinstance(step, Add) and step.stacked for step in steps)
+    read = partial(_read, base, origin, tuple(changes), stacked=stacked)
+    return Made(base.specs[origin], read, reads, elsewhere, borrowed)
+
+
+def _read(base: Source, name: str, changes: Sequence[Change], *, stacked: bool) -> Tensor:
+    return changed(base[name], changes, stacked=stacked) if changes else base[name]
+
+
+def _other_base(base: Source, adapter: Adapter) -> str:
+    """Say that an adapter was trained on another model of the Hub; paths are left alone, as they mean nothing here."""
+    told = adapter.trained_on
+    known = {part.public_id.lower() for part in base.parts if part.public_id}
+    if not known or told.count("/") != 1 or told.startswith((".", "/", "~")) or told.lower() in known:
+        return ""
+    return (
+        f"'{adapter.source.label}' was trained on '{told}', and is added to '{base.label}': "
+        "that is right if the one is a fine-tune of the other."
+    )
+
+
+def _steps_of(base: Source, adapter: Adapter) -> _Steps:
+    """Return what an adapter does to each tensor of a base.
+
+    Raises:
+        SourceError: it names both, if they do not fit.
     """
-    removed, added = prefixes(names), prefixes(base.specs)
-    for less, more in ((less, more) for less in removed for more in added):
-        if all(name.startswith(less) and more + name.removeprefix(less) in base.specs for name in names):
-            return lambda name: more + name.removeprefix(less)
-    saved = disk_names(base.config)
-    if all(saved.get(name) in base.specs for name in names):
-        return lambda name: saved.get(name, name)
-    return lambda name: name
+    refuse(adapter.config, adapter.source.label)
+    if is_peft_s(adapter.config):
+        return _tuned_steps(base, adapter)
+    is_lora = adapter.config.get("peft_type") == "LORA"
+    lora = (read_lora if is_lora else read_tokens)(adapter.source, adapter.config)
+    return _Fitting(base, lora, adapter.trained_on).steps()
 
 
-def _of_module(one: Factored, rename: Rename, base: Source, lora: Lora) -> Iterator[tuple[str, Change]]:
-    """Yield what the factors of one module change: its weight, and its bias where that has one."""
-    label = lora.source.label
-    if one.kind == "experts" or one.magnitude:
-        raise SourceError(f"'{one.magnitude or one.left}' of '{label}' is not read yet: {FIX}.")
-    name, factors = rename(f"{one.module}.weight"), (lora.source.specs[one.left], lora.source.specs[one.right])
-    turned = _is_turned(name, base, factors, lora.config, embedding=one.kind == "embedding")
-    if turned is None:
+def _tuned_steps(base: Source, adapter: Adapter) -> _Steps:
+    if not base.config or _compat.empty_model(base.config) is None:
         raise SourceError(
-            f"'{one.left}' {list(factors[0].shape)} and '{one.right}' {list(factors[1].shape)} of "
-            f"'{label}' do not fit '{name}' {list(base.specs[name].shape)} of '{base.label}'."
+            f"'{adapter.source.label}' is an adapter of type {adapter.config.get('peft_type')}, which PEFT applies, "
+            f"and '{base.label}' has no config.json that names a class of transformers: {FIX}."
         )
-    yield name, Change(left=one.left, right=one.right, scale=one.scale, transposed=turned)
-    if one.bias:
-        name = rename(f"{one.module}.bias")
-        if name not in base.specs:
-            raise SourceError(f"'{one.bias}' of '{label}' has no place: '{base.label}' lacks '{name}'.")
-        _same_shape(base.specs[name], lora.source, one.bias)
-        yield name, Change(bias=one.bias, scale=one.scale)
+    tuned = Tuned(base, adapter.source, adapter.config)
+    steps: _Steps = {
+        name: (Give(adapter.source, partial(tuned.read, name), reads, tuple(tuned.keys(name))),)
+        for name, reads in tuned.reads.items()
+    }
+    rest = Lora(adapter.source, adapter.config, {}, tuned.whole, {})
+    return {**steps, **_Fitting(base, rest, adapter.trained_on).steps(beside=[*tuned.reads])}
 
 
-def _is_turned(
-    name: str, base: Source, factors: tuple[TensorSpec, TensorSpec], config: Mapping[str, Any], *, embedding: bool
-) -> bool | None:
-    """Tell whether a weight is stored as [in, out], as Conv1D and embeddings are; None if the factors do not fit it."""
-    fits = _fits(base.specs[name].shape, *(factor.shape for factor in factors))
-    if embedding:
-        fits &= {True}
-    if len(fits) < 2:
-        return next(iter(fits), None)
-    conv1d = base.config.get("model_type") in CONV1D_MODELS and name.split(".")[-2] in _CONV1D_LAYERS
-    return conv1d or bool(config.get("fan_in_fan_out"))
+class _Fitting:
+    """Fits an adapter to a base.
+
+    Args:
+        base: the model.
+        lora: the adapter.
+        trained_on: what it says that its base is.
+    """
+
+    def __init__(self, base: Source, lora: Lora, trained_on: str):
+        self.base, self.lora, self.adapter = base, lora, lora.source
+        self._trained_on = trained_on
+        self._found: dict[str, list[Step]] = {}
+        self._rows = token_rows(lora)
+        self._tied = _tied(base)
+
+    def steps(self, beside: Sequence[str] = ()) -> _Steps:
+        """Return the steps by the base's names; a tied head that the base lacks has its own name.
+
+        Args:
+            beside: further names that the adapter has for tensors of the base.
+        """
+        wanted = [self._name(one) for one in self.lora.factored.values()]
+        names = [*wanted, *self.lora.whole, *(f"{module}.weight" for module in self.lora.tokens)]
+        self._places = Places(self.base, [*names, *beside])
+        for name, key in self.lora.whole.items():
+            self._put(name, key)
+        for module, key in self.lora.tokens.items():
+            self._put_rows(module, key)
+        for one in self.lora.factored.values():
+            self._add(one)
+        return {name: tuple(steps) for name, steps in self._found.items()}
+
+    @staticmethod
+    def _name(one: Factored) -> str:
+        return one.module if one.kind == "experts" else f"{one.module}.weight"
+
+    def _find(self, name: str, key: str) -> list[Place]:
+        """Find a tensor; the head of a model that ties it lies where the embeddings do."""
+        if places := self._places.find(name):
+            return places
+        for alias, origin in self._tied.items():
+            if (origin in self.base.specs and f".{alias}".endswith(f".{name}")) or alias == name:
+                return [Place(alias, shape=self.base.specs[origin].shape)]
+        fused = self._places.find(f"{name.removesuffix('weight')}in_proj_weight")  # of nn.MultiheadAttention
+        if fused and name.endswith(".weight"):
+            return fused
+        raise SourceError(
+            f"'{key}' of '{self.adapter.label}' has no place in '{self.base.label}', which lacks '{name}'"
+            f"{self._hint()}."
+        )
+
+    def _hint(self) -> str:
+        return f": it was trained on '{self._trained_on}'; name that, or a fine-tune of it" if self._trained_on else ""
+
+    def _spec(self, place: Place) -> TensorSpec:
+        return self.base.specs[self._tied.get(place.name, place.name)] if place.name not in self.base.specs else (
+            self.base.specs[place.name]
+        )  # fmt: skip
+
+    def _put(self, name: str, key: str) -> None:
+        for place in self._find(name, key):
+            shape = self._spec(place).shape if place.inside == ALL else place.shape
+            if self.adapter.specs[key].shape != shape or place.at != ALL:
+                raise SourceError(
+                    f"'{key}' of '{self.adapter.label}' has the shape {list(self.adapter.specs[key].shape)}, "
+                    f"and the base's tensor {list(shape or ())}: name the base that it was trained on"
+                    f"{f' ({self._trained_on!r})' if self._trained_on else ''}."
+                )
+            self._found.setdefault(place.name, []).append(Put(self.adapter, key, place))
+
+    def _put_rows(self, module: str, key: str) -> None:
+        tokens, spec = self._rows[module], self.adapter.specs[key]
+        (place, *others) = self._find(f"{module}.weight", key)
+        shape = self._spec(place).shape
+        if others or spec.shape != (len(tokens), *shape[1:]) or (tokens and max(tokens) >= shape[0]):
+            raise SourceError(
+                f"'{key}' {list(spec.shape)} of '{self.adapter.label}' has the rows of {len(tokens)} tokens up to "
+                f"{max(tokens, default=0)}, and '{place.name}' of '{self.base.label}' is {list(shape)}{self._hint()}."
+            )
+        if module in self.lora.factored:
+            raise SourceError(f"'{self.adapter.label}' has factors and rows of tokens for '{module}': {FIX}.")
+        self._found.setdefault(place.name, []).append(PutRows(self.adapter, key, tokens))
+
+    def _add(self, one: Factored) -> None:
+        places = self._find(self._name(one), one.left)
+        for place in places:
+            self._add_at(one, place)
+        if one.bias:
+            name = f"{one.module}.bias"
+            found = self._places.find(name)
+            if len(found) != 1 or found[0].inside != ALL or found[0].at != ALL:
+                raise SourceError(
+                    f"'{one.bias}' of '{self.adapter.label}' has no place: '{self.base.label}' lacks '{name}'."
+                )
+            if self.adapter.specs[one.bias].shape != self._spec(found[0]).shape:
+                raise self._unfit(one, found[0], one.bias)
+            self._found.setdefault(found[0].name, []).append(AddVector(self.adapter, one.bias, one.scale))
+
+    def _add_at(self, one: Factored, place: Place) -> None:
+        shape = place.shape or ()
+        experts = shape[0] if one.kind == "experts" and len(shape) == 3 else 1
+        turned = self._is_turned(one, place, shape, experts)
+        if turned is None:
+            raise self._unfit(one, place, one.left)
+        steps = self._found.setdefault(place.name, [])
+        stacked = (one.kind == "experts" and len(self._spec(place).shape) == 3) or place.at != ALL
+        steps.append(Add(self.adapter, one, place, turned, experts, stacked))
+        if one.magnitude:
+            size, columns = math.prod(self.adapter.specs[one.magnitude].shape), place.inside[2]
+            narrow = columns != slice(None) and (columns.start or 0, columns.stop) != (0, shape[-1])
+            cut = place.at != ALL or place.swapped or narrow
+            if cut or (turned and place.inside != ALL) or size != (shape[-1] if turned else shape[0]):
+                raise self._unfit(one, place, one.magnitude)
+            steps.append(Rescale(self.adapter, one.magnitude, place, turned))
+
+    def _unfit(self, one: Factored, place: Place, key: str) -> SourceError:
+        shapes = [f"'{k}' {list(self.adapter.specs[k].shape)}" for k in dict.fromkeys((key, one.left, one.right))]
+        return SourceError(
+            f"{' and '.join(shapes)} of '{self.adapter.label}' do not fit '{place.name}' "
+            f"{list(self._spec(place).shape)} of '{self.base.label}'{self._hint()}."
+        )
+
+    def _is_turned(self, one: Factored, place: Place, shape: tuple[int, ...], experts: int) -> bool | None:
+        """Tell whether a weight is stored as [in, out]; None if the factors do not fit it."""
+        left, right = (self.adapter.specs[key].shape for key in (one.left, one.right))
+        if experts > 1 and right[0] != experts * one.rank:
+            return None
+        matrix = shape[1:] if len(shape) == 3 and one.kind == "experts" else shape
+        fits = (
+            _fits(matrix, (left[0], one.rank), (one.rank, *right[1:]))
+            if one.kind == "experts"
+            else _fits(matrix, left, right)
+        )
+        if one.kind == "embedding":
+            fits &= {True}
+        if len(fits) < 2:
+            return next(iter(fits), None)
+        if one.kind == "experts":
+            return experts > 1 and _compat.is_transposed(self.base.config, one.module.rpartition(".")[0])
+        conv1d = self.base.config.get("model_type") in CONV1D_MODELS and place.name.split(".")[-2] in _CONV1D_LAYERS
+        return conv1d or bool(self.lora.config.get("fan_in_fan_out"))
 
 
 def _fits(shape: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) -> set[bool]:
     """Return how the product of factors has the shape of a weight: as it is (False), or transposed (True)."""
-    if min(len(shape), len(left), len(right)) < 2 or 0 in right or math.prod(left[1:]) != right[0]:
-        return set()
     if len(shape) > 2:
         return {False} if (left[0], *right[1:]) == shape else set()
     product = (left[0], math.prod(right[1:]))
     return {turned for turned in (False, True) if shape == (product[::-1] if turned else product)}
 
 
-def _same_shape(spec: TensorSpec, adapter: Source, key: str) -> None:
-    if adapter.specs[key].shape != spec.shape:
-        raise SourceError(
-            f"'{key}' of '{adapter.label}' has the shape {list(adapter.specs[key].shape)}, "
-            f"and the base's tensor {list(spec.shape)}: name the base that it was trained on."
+def _tied(base: Source) -> dict[str, str]:
+    """Return the names that a base's class ties to others, which it has."""
+    built = skeleton(base.config) if base.config else None
+    found = {} if built is None else dict(built.tied)
+    for alias, origin in list(found.items()):
+        if origin not in base.specs:
+            del found[alias]
+    return {**found, **base.shared}
+
+
+def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str], bool]:
+    """Decide for tied names whether the adapters leave them tied.
+
+    Where they do, the steps of the one are those of the other. Returns all tied names with the tensor whose values
+    they have in the base, those that the base's files lack and that are shown all the same, and whether any is apart.
+    """
+    tied, apart, is_apart = _tied(base), [], False
+    for alias, origin in tied.items():
+        if all(_stay_tied(steps, alias, origin) for steps in found):
+            for steps in found:
+                steps.pop(alias, None)
+                if alias in base.specs and origin in steps:
+                    steps[alias] = steps[origin]
+        else:
+            is_apart = True
+            apart += [alias] if alias not in base.specs else []
+    return tied, apart, is_apart
+
+
+def _stay_tied(steps: _Steps, alias: str, origin: str) -> bool:
+    """Tell whether an adapter does the same to both of two tied tensors: PEFT ties rows of tokens itself."""
+    one, other = steps.get(origin, ()), steps.get(alias, ())
+    if not other:
+        return all(isinstance(step, PutRows) for step in one)
+    return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _same(one: Step, other: Step) -> bool:
+    """Tell whether two steps do the same to a tensor."""
+    if type(one) is not type(other) or isinstance(one, Give):
+        return False
+    if isinstance(one, Add) and isinstance(other, Add):
+        if one.one.scale != other.one.scale or one.one.rank != other.one.rank:
+            return False
+        pairs = [(s.one.left, s.one.right) if s.turned else (s.one.right, s.one.left) for s in (one, other)]
+        flip = one.turned != other.turned
+        return all(
+            torch.equal(one.source[a].T if flip else one.source[a], other.source[b])
+            for a, b in zip(*pairs, strict=True)
         )
+    if isinstance(one, PutRows) and isinstance(other, PutRows) and one.tokens != other.tokens:
+        return False
+    keys = zip(one.keys, other.keys, strict=True)
+    source = one.source
+    return all(source.specs[a] == source.specs[b] and torch.equal(source[a], source[b]) for a, b in keys)

@@ -29,6 +29,7 @@ class Source(Mapping[str, Tensor]):
         gated: whether the Hub asks for consent before it gives the model away.
         shared: names whose values are those of another, stored once: the other.
         packed: whether it is an adapter that shows its factors, packed as `ops.factors` says.
+        remarks: what whoever merges it should know, in sentences.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Source(Mapping[str, Tensor]):
     gated: bool = False
     shared: Mapping[str, str] = {}
     packed: bool = False
+    remarks: tuple[str, ...] = ()
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:

@@ -207,6 +207,10 @@ def _factored(module: str, kind: str, parts: _Parts, config: Mapping[str, Any], 
         raise SourceError(f"'{left}' {list(out)} and '{right}' {list(into)} of '{adapter.label}' do not fit: {why}.")
     if len(into) > 2:
         kind = "conv"
+    if bool(config.get("use_dora")) != ("lora_magnitude_vector" in parts):
+        said = "says use_dora" if config.get("use_dora") else "does not say use_dora"
+        found = "and has" if "lora_magnitude_vector" in parts else "and has no"
+        raise SourceError(f"'{adapter.label}' {said}, {found} lora_magnitude_vector of '{module}': save it again.")
     rank = _rank(module, kind, into[0], config, adapter.label)
     alpha = _matching(config, "alpha_pattern", module, adapter.label, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -249,3 +253,33 @@ def prefixes(names: Iterable[str]) -> list[str]:
     split = [name.split(".") for name in names]
     found = {"".join(f"{word}." for word in words[:n]) for words in split for n in (0, 1, 2) if len(words) > n}
     return sorted((prefix for prefix in found if not re.search(r"\d", prefix)), key=lambda p: (p.count("."), p))
+
+
+def read_tokens(adapter: Source, config: Mapping[str, Any]) -> Lora:
+    """Read an adapter of the type TRAINABLE_TOKENS, as a LoRA without factors.
+
+    Raises:
+        SourceError: it holds something else.
+    """
+    modules, whole, tokens = sort_out(adapter)
+    if modules or not tokens:
+        raise SourceError(f"'{adapter.label}' says that it trains tokens, and holds no rows of them: {FIX}.")
+    return Lora(adapter, config, {}, whole, tokens)
+
+
+def token_rows(lora: Lora) -> dict[str, tuple[int, ...]]:
+    """Return which tokens the rows of each module are for.
+
+    Raises:
+        SourceError: the config does not say it.
+    """
+    said = lora.config.get("token_indices") or lora.config.get("trainable_token_indices") or ()
+    found: dict[str, tuple[int, ...]] = {}
+    for module in lora.tokens:
+        named = said
+        if isinstance(said, Mapping):
+            named = next((rows for name, rows in said.items() if f".{module}".endswith(f".{name}")), None)
+        if not isinstance(named, (list, tuple)) or not all(isinstance(row, int) and row >= 0 for row in named):
+            raise SourceError(f"'{lora.source.label}' has rows for '{module}', and its config does not say which.")
+        found[module] = tuple(named)
+    return found
