@@ -7,26 +7,27 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_merge.adapters.parts import PREFIX, Finished, Part, Slot, stored, stored_bias
-from hf_merge.errors import SourceError
+from hf_merge.errors import RecipeError, SourceError
 from hf_merge.method import get_method
 from hf_merge.ops.factors import unpacked
 from hf_merge.ops.lowrank import LowRank, Rank, truncate
 from hf_merge.planner import make_plan
-from hf_merge.planning import Plan, Problem
+from hf_merge.planning import Plan, Problem, format_bytes
 from hf_merge.recipe import Recipe
 from hf_merge.schema import Rule
-from hf_merge.sources import Source
-from hf_merge.sources.core import SPACES, AdapterSource, Change, Core, Space, Unchanged, Units, carried
-from hf_merge.sources.lora import Lora
+from hf_merge.sources import Source, has_weights, is_adapter, locate
+from hf_merge.sources.adapter import open_adapter
+from hf_merge.sources.core import SPACES, AdapterSource, Apart, Change, Core, Full, Space, Unchanged, Units, carried
+from hf_merge.sources.lora import Lora, read_lora
 from hf_merge.types import ModelRef, Ref
 
 SUM = "sum"
@@ -34,31 +35,57 @@ SUM = "sum"
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A merge of adapters, ready to be executed.
+class AdapterMerge:
+    """A merge into an adapter, ready to be executed.
 
     Attributes:
-        plan: its steps are the changes of modules, and what adapters carry as it is.
+        plan: what is computed.
         sources: the plan's models, in its order.
         slots: what becomes of each tensor of the plan.
         base_model: where PEFT finds the base: a Hub id or a path.
         revision: of the base.
         task_type: PEFT's word for what the model does.
-        dtype: of what is written.
+        dtype: of what is written; each slot's own if not given.
         extra_config: further fields of adapter_config.json.
+        notes: for the card: how the factors came about.
     """
 
     plan: Plan
     sources: list[Source]
-    slots: Mapping[str, Slot]
+    slots: Mapping[str, Any]
     base_model: str | None
     revision: str | None
     task_type: str | None
-    dtype: torch.dtype
-    extra_config: Mapping[str, Any]
+    dtype: torch.dtype | None = None
+    extra_config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] | None = None
 
 
-def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> Joined:
+def adapters_of(recipe: Recipe, **hub: Any) -> dict[Ref, Lora]:
+    """Open a recipe's models if an adapter is to be made of them alone: all are adapters without their base.
+
+    Args:
+        recipe: with output_format: adapter its base_model may also name the model that the adapters belong to.
+        **hub: token, cache_dir, local_files_only, stream.
+
+    Raises:
+        SourceError: one of them is no LoRA.
+    """
+    models = [model for model in recipe.references if isinstance(model, ModelRef) and not model.lora]
+    if recipe.output_format == "model" or recipe.stages or len(models) < len(recipe.references):
+        return {}
+    named = recipe.output_format == "adapter" and recipe.base_model not in recipe.merged
+    found = locate([model for model in models if not named or model != recipe.base_model], **hub)
+    if named and recipe.base_model is not None:
+        with suppress(SourceError):
+            found |= locate([recipe.base_model], **hub)
+    alone = [model for model in models if model in found and is_adapter(found[model]) and not has_weights(found[model])]
+    if not set(recipe.merged) <= set(alone) or not (named or len(alone) == len(models)):
+        return {}
+    return {model: read_lora(*open_adapter(found[model].folder, str(model), **found[model].origin)) for model in alone}
+
+
+def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> AdapterMerge:
     """Plan a merge of adapters into an adapter.
 
     Args:
@@ -69,21 +96,27 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> Joined:
         SourceError: they do not go together.
         RecipeError: the recipe asks for what cannot be done with adapters.
     """
+    _refuse_words(recipe)
     loras = [*adapters.values()]
     _refuse_unmergeable(loras)
     space = _space(recipe)(loras)
     base, problems = _base(recipe, adapters)
     labels = zip(adapters, range(len(loras)), strict=True)
     sources: dict[Ref, Source] = {ref: AdapterSource(space, i, str(ref)) for ref, i in labels}
-    planned = _planned(recipe, base, loras)
-    if planned.base_model is not None and planned.base_model not in sources:
-        label = str(planned.base_model)
-        sources[planned.base_model] = Unchanged(space, label, None if Path(label).exists() else label)
-    problems += [*_doubts(recipe, loras)]
-    made = make_plan(planned, sources, problems=problems)
-    again = {"output_format": "adapter", "base_model": planned.base_model}
-    return Joined(
-        plan=replace(made, recipe=recipe.model_copy(update=again)),
+    named = ModelRef(path=base or "unknown base model")
+    unchanged = Unchanged(space, named.path, base)
+    planned = _planned(recipe, named, loras)
+    if planned.base_model == named:
+        sources[named] = unchanged
+    made = make_plan(planned, sources, problems=[*problems, *_doubts(recipe, loras)])
+    sources[named] = unchanged
+    again = {"output_format": "adapter", **({} if recipe.base_model in adapters else {"base_model": named})}
+    made = replace(
+        made, recipe=recipe.model_copy(update=again), models=tuple(sources), donor=[*sources].index(named),
+        config=dict(unchanged.config), adapter=_words(recipe, space, loras),
+    )  # fmt: skip
+    return AdapterMerge(
+        plan=made,
         sources=[*sources.values()],
         slots=dict(_slots(space, loras, recipe)),
         base_model=base,
@@ -91,7 +124,53 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> Joined:
         task_type=_first(loras, "task_type"),
         dtype=_dtype(recipe, loras),
         extra_config=dict(_extra(loras)),
+        notes=_notes(recipe, space),
     )
+
+
+_USELESS = ("slices", "remap", "tokenizer", "tokenizer_source", "chat_template", "targets", "keep_rest")
+
+
+def _refuse_words(recipe: Recipe) -> None:
+    """Refuse what a recipe may say of models, and what means nothing for adapters alone."""
+    if said := [name for name in _USELESS if getattr(recipe, name)]:
+        raise RecipeError(
+            f"'{said[0]}' says nothing about adapters that are merged with each other: leave it out, or write "
+            "base+adapter for each model (with base_model= and output_format='adapter' for an adapter again)."
+        )
+
+
+def _words(recipe: Recipe, space: Space, loras: Sequence[Lora]) -> dict[str, Any]:
+    """Say what will be written, as far as headers tell."""
+    kept = len({name for lora in loras for name in carried(lora)})
+    limit = recipe.rank if isinstance(recipe.rank, int) else None
+    ranks = [min(limit or sum(c.ranks), sum(c.ranks), c.out, c.into) for c in space.changes.values()]
+    width = _dtype(recipe, loras).itemsize
+    size = sum(
+        width * rank * max(c.experts, 1) * (c.out + c.into)
+        for rank, c in zip(ranks, space.changes.values(), strict=True)
+    )
+    told = f", as few as keep {recipe.rank:.6g} of the energy" if isinstance(recipe.rank, float) else ""
+    return {
+        "adapter": f"{len(space.changes)} modules" + (f", {kept} tensors as they are" if kept else ""),
+        "space": "factors, packed" if isinstance(space, Units) else recipe.space or "core",
+        "rank": f"{min(ranks, default=0)} to {max(ranks, default=0)} at most{told}",
+        "at most": format_bytes(size),
+        "bytes": size,
+    }
+
+
+def _notes(recipe: Recipe, space: Space) -> list[str]:
+    """Say on the card how the factors came about."""
+    ways = {
+        Core: "in the joint row and column spaces of their factors (core space), where nothing is lost",
+        Full: "as full matrices",
+        Apart: "as A and B apart, scaled by the root of alpha / r: cross terms make this wrong but for adapters that "
+        "share one of them",
+        Units: "as rank-1 units",
+    }
+    rules = [f"Tensors matching `{rule.pattern}`: {rule.merge_method or recipe.merge_method}." for rule in recipe.rules]
+    return [f"Changes were merged {ways[type(space)]}. None of the base's weights were read.", *rules]
 
 
 def _space(recipe: Recipe) -> type[Space]:
@@ -129,19 +208,17 @@ def _base(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> tuple[str | None, lis
     return str(own) if own else next(iter(named), None), [Problem("warning", told)] if others else []
 
 
-def _planned(recipe: Recipe, base: str | None, loras: Sequence[Lora]) -> Recipe:
+def _planned(recipe: Recipe, base: ModelRef, loras: Sequence[Lora]) -> Recipe:
     """Return the recipe for the plan: task vectors have the unchanged base for a base, all modules take part.
 
     Methods on factors do not know what to do with tensors that are none: these are averaged.
     """
     needed = any(get_method(name).base == "required" for name in _methods(recipe))
-    unchanged = ModelRef(path=base or "base model") if needed else None
-    is_adapter = recipe.base_model is not None and recipe.base_model in recipe.merged
     others = sorted({name for lora in loras for name in _unfactored(lora)})
     average = [Rule(pattern=f"[{name[0]}]{name[1:]}", merge_method="linear") for name in others]
     return recipe.model_copy(
         update={
-            "base_model": recipe.base_model if is_adapter or _is_reference(recipe, loras) else unchanged,
+            "base_model": recipe.base_model if _is_among_adapters(recipe, loras) else base if needed else None,
             "rules": (*recipe.rules, *(average if _space(recipe) is Units else ())),
             "keys": "union",
             "dtype": None,
@@ -150,7 +227,7 @@ def _planned(recipe: Recipe, base: str | None, loras: Sequence[Lora]) -> Recipe:
     )
 
 
-def _is_reference(recipe: Recipe, loras: Sequence[Lora]) -> bool:
+def _is_among_adapters(recipe: Recipe, loras: Sequence[Lora]) -> bool:
     """Tell whether the recipe's base is one of the adapters."""
     return recipe.base_model is not None and len(loras) == len(recipe.references)
 
@@ -220,10 +297,10 @@ def _extra(loras: Sequence[Lora]) -> Iterator[tuple[str, Any]]:
     """Yield fields of adapter_config.json that say what plain LoRA does not."""
     if any(own.magnitude for lora in loras for own in lora.factored.values()):
         yield "use_dora", True
-    for field in ("bias", "trainable_token_indices"):
-        found = _first(loras, field)
+    for name in ("bias", "trainable_token_indices"):
+        found = _first(loras, name)
         if found is not None and found != "none":
-            yield field, found
+            yield name, found
 
 
 def _slots(space: Space, loras: Sequence[Lora], recipe: Recipe) -> Iterator[tuple[str, Slot]]:

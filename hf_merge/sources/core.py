@@ -28,6 +28,7 @@ from torch import Tensor
 from hf_merge.errors import SourceError
 from hf_merge.ops.factors import packed
 from hf_merge.sources.base import Source
+from hf_merge.sources.folder import read_object
 from hf_merge.sources.lora import PREFIX, Factored, Lora
 from hf_merge.types import TensorSpec
 
@@ -288,11 +289,14 @@ class Unchanged(Source):
 
     Args:
         space: how changes are shown.
-        label: the base's name.
+        label: how messages call it.
+        name: of the base, if it is known; a config.json that is there is read.
     """
 
-    def __init__(self, space: Space, label: str, public_id: str | None = None):
-        self.label, self.public_id = label, public_id
+    def __init__(self, space: Space, label: str, name: str | None):
+        here = Path(label).expanduser() / "config.json"
+        self.label, self.public_id = label, None if here.parent.exists() else name
+        self.config = read_object(here) if here.is_file() else {}
         self.specs = {name: spec for i in range(len(space.loras)) for name, (spec, _, _) in _shown(space, i)}
 
     def __getitem__(self, name: str) -> Tensor:
