@@ -18,19 +18,26 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def on_disk_layout(module: nn.Module) -> dict[str, tuple[str | None, Tensor]]:
+def on_disk_layout(
+    module: nn.Module, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[str | None, Tensor]]:
     """Map the names a module's checkpoint has to (live name, live tensor).
 
     A PreTrainedModel may be saved under other names, or its fused weights in parts; the live name is then that
     of the tensor, or None where it is part of another. Tied weights appear once.
+
+    Args:
+        module: the model.
+        tensors: its tensors by their names in memory, if these are not those of its state_dict.
     """
-    state = module.state_dict()
+    state = module.state_dict() if tensors is None else dict(tensors)
     if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
         return {name: (name, tensor) for name, tensor in state.items()}
     from transformers.core_model_loading import revert_weight_conversion
 
     for alias in getattr(module, "all_tied_weights_keys", {}):
         state.pop(alias, None)
+    state = {name: tensor.detach() for name, tensor in state.items()}
     live = {id(tensor): name for name, tensor in state.items()}
     saved: dict[str, Tensor] = revert_weight_conversion(module, state)  # type: ignore[arg-type]
     return {name: (live.get(id(tensor)), tensor) for name, tensor in saved.items()}

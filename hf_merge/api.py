@@ -37,7 +37,7 @@ from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.ranks import Team, current, together
 from hf_merge.recipe import Recipe
-from hf_merge.sources import Source, open_sources
+from hf_merge.sources import Located, Source, open_sources, with_bases
 from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.folder import read_json
 from hf_merge.sources.layout import align_layouts
@@ -697,28 +697,39 @@ def _prepare(
     hub: Mapping[str, Any],
 ) -> tuple[Plan, list[Source]]:
     """Recipe -> Sources -> Plan."""
-    loaded = Recipe.load(recipe, **changes)
+    loaded, found_at = _with_bases(Recipe.load(recipe, **changes), hub)
     opened: dict[Ref, Source] = {}
     problems: list[Problem] = []
     for stage in loaded.stages:
         _of_a_model(stage)
-        sources, found = _open(stage, opened, hub)
+        sources, found = _open(stage, opened, found_at, hub)
         made = make_plan(stage, sources, problems=found)
         problems += [replace(problem, message=f"In '{stage.name}': {problem.message}") for problem in made.problems]
         opened[ModelRef(path=str(stage.name))] = LazyMerge(made, list(sources.values()), str(stage.name))
-    sources, found = _open(loaded, opened, hub)
+    sources, found = _open(loaded, opened, found_at, hub)
     problems += [*found, *licence_problems(parts_of([*sources.values()]))]
+    remarks = dict.fromkeys(remark for source in opened.values() for remark in source.remarks)
+    problems += [Problem("warning", remark) for remark in remarks]
     made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=problems)
     if loaded.output_format == "adapter":
         made = planned(made, [*sources.values()])
     return place(made, *where), list(sources.values())
 
 
+def _with_bases(recipe: Recipe, hub: Mapping[str, Any]) -> tuple[Recipe, dict[ModelRef, Located]]:
+    """Name the base of every adapter that a recipe names alone; return where the models are, too."""
+    stages = {str(stage.name) for stage in recipe.stages}
+    models = [m for each in (*recipe.stages, recipe) for m in each.references if str(m) not in stages]
+    found: dict[ModelRef, Located] = {}
+    names = with_bases(models, found, **hub)
+    return (recipe.renamed(names) if names else recipe), found
+
+
 def _open(
-    recipe: Recipe, opened: dict[Ref, Source], hub: Mapping[str, Any]
+    recipe: Recipe, opened: dict[Ref, Source], found_at: Mapping[ModelRef, Located], hub: Mapping[str, Any]
 ) -> tuple[dict[Ref, Source], tuple[Problem, ...]]:
     """Open the models of a recipe that are not open yet; show all under one layout and with one vocabulary."""
-    opened |= open_sources([model for model in recipe.references if model not in opened], **hub)
+    opened |= open_sources([model for model in recipe.references if model not in opened], found_at, **hub)
     sources = {model: remapped(opened[model], recipe.remap) for model in recipe.references}
     aligned = align_vocabularies(recipe, align_layouts(sources, recipe.donor), **hub)
     return aligned.sources, aligned.problems

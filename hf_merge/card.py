@@ -124,8 +124,8 @@ def without_paths(recipe: Recipe) -> Recipe:
 
 
 def _placeless(model: ModelRef) -> ModelRef:
-    named = [ModelRef(path=_local_name(ref)) if _is_path(ref.path) else ref for ref in model.parts]
-    return named[0].with_lora(named[1] if len(named) > 1 else None)
+    named = [ModelRef(path=_local_name(ref), weight=ref.weight) if _is_path(ref.path) else ref for ref in model.parts]
+    return named[0].with_lora(*named[1:])
 
 
 def _is_path(text: str) -> bool:
@@ -201,13 +201,13 @@ def _named(model: Ref, source: Source, *, hide: bool) -> Any:
     if isinstance(model, InMemory):
         return ModelRef(path=model.label) if hide else model
     named = [_named_part(ref, part, hide=hide) for ref, part in zip(model.parts, source.parts, strict=True)]
-    return named[0].with_lora(named[1] if len(named) > 1 else None)
+    return named[0].with_lora(*named[1:])
 
 
 def _named_part(ref: ModelRef, part: Source, *, hide: bool) -> ModelRef:
     if part.public_id:
-        return ModelRef(path=part.public_id, revision=part.revision)
-    return ModelRef(path=_local_name(ref)) if hide else ref
+        return ModelRef(path=part.public_id, revision=part.revision, weight=ref.weight)
+    return ModelRef(path=_local_name(ref), weight=ref.weight) if hide else ref
 
 
 def _single_refs(model: Ref) -> list[Any]:

@@ -430,7 +430,7 @@ def _pinned_models(recipe: str) -> list[tuple[str, str]]:
     except MergeError:
         return []
     models = [model for each in (loaded, *loaded.stages) for model in each.references if isinstance(model, ModelRef)]
-    parts = [part for model in models for part in (model, model.lora) if part is not None]
+    parts = [part for model in models for part in model.parts]
     return list(dict.fromkeys((part.path, part.revision) for part in parts if _COMMIT.fullmatch(part.revision or "")))  # type: ignore[misc]
 
 

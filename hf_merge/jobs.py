@@ -279,14 +279,14 @@ def _named(recipe: Recipe) -> Iterator[Ref]:
 
 
 def _refs(model: Ref) -> list[Any]:
-    """A model without its adapter, and the adapter."""
+    """A model without its adapters, and the adapters."""
     if isinstance(model, InMemory):
         return [model]
-    return [model.with_lora(None), *([model.lora] if model.lora else [])]
+    return model.parts
 
 
 def _joined(parts: list[ModelRef]) -> ModelRef:
-    return parts[0].with_lora(parts[1] if len(parts) > 1 else None)
+    return parts[0].with_lora(*parts[1:])
 
 
 def _on_hub(part: Any) -> bool:

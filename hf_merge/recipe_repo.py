@@ -102,12 +102,12 @@ def _parts(model: Ref) -> list[ModelRef]:
 
 
 def _absolute(ref: ModelRef) -> ModelRef:
-    return ModelRef(path=str(Path(ref.path).expanduser().resolve()))
+    return ModelRef(path=str(Path(ref.path).expanduser().resolve()), weight=ref.weight)
 
 
 def _replaced(model: Ref, here: Mapping[ModelRef, ModelRef]) -> ModelRef:
     own, *adapters = [here.get(part, part) for part in _parts(model)]
-    return own.with_lora(adapters[0] if adapters else None)
+    return own.with_lora(*adapters)
 
 
 def _pinned_tokenizer(ref: ModelRef, hub: Mapping[str, Any]) -> ModelRef:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Le
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, field_validator
 from torch import Tensor
 
 T = TypeVar("T")
@@ -162,21 +162,29 @@ class ModelRef(BaseModel):
     Attributes:
         path: its id, folder or file.
         revision: branch, tag or commit, on the Hub.
-        lora: a PEFT adapter that is added to it.
+        lora: PEFT adapters that are added to it.
+        weight: of an adapter: how much of its change is added.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
     revision: str | None = None
-    lora: ModelRef | None = None
+    lora: tuple[ModelRef, ...] = ()
+    weight: Number = 1.0
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
 
     def __str__(self) -> str:
         own = f"{self.path}@{self.revision}" if self.revision else self.path
-        return f"{own}+{self.lora}" if self.lora else own
+        own = own if self.weight == 1 else f"{self.weight:g}*{own}"
+        return "+".join([own, *map(str, self.lora)])
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
-        """Read `path`, `path@revision` or `base@revision+adapter@revision`.
+        """Read `path`, `path@revision` or `base@revision+adapter@revision`, with any number of adapters.
 
         What exists on disk is a path, whatever it contains.
 
@@ -185,13 +193,13 @@ class ModelRef(BaseModel):
         """
         if os.path.exists(text) or "+" not in text:
             return cls.parse_one(text)
-        base, _, adapter = text.partition("+")
-        if "+" in adapter:
-            raise ValueError(
-                f"'{text}' has more than one '+': write {{model: {{path: ..}}, lora: {{path: ..}}}}; "
-                "a model takes one adapter"
-            )
-        return cls.parse_one(base).with_lora(cls.parse_one(adapter))
+        names: list[str] = []
+        for word in text.split("+"):
+            whole = f"{names[-1]}+{word}" if names else ""
+            is_path = whole and not os.path.exists(names[-1]) and os.path.exists(whole)
+            names[-1:] = [whole] if is_path else [*names[-1:], word]
+        base, *adapters = [cls.parse_one(name) for name in names]
+        return base.with_lora(*adapters)
 
     @classmethod
     def parse_one(cls, text: str) -> ModelRef:
@@ -205,12 +213,12 @@ class ModelRef(BaseModel):
 
     @property
     def parts(self) -> list[ModelRef]:
-        """The model without its adapter, and the adapter."""
-        return [self.with_lora(None), *([self.lora] if self.lora else [])]
+        """The model without its adapters, and the adapters."""
+        return [self.with_lora(), *self.lora]
 
-    def with_lora(self, lora: ModelRef | None) -> ModelRef:
-        """Return the same model with another adapter, or with none."""
-        return ModelRef(path=self.path, revision=self.revision, lora=lora)
+    def with_lora(self, *lora: ModelRef) -> ModelRef:
+        """Return the same model with other adapters, or with none."""
+        return self.model_copy(update={"lora": lora})
 
 
 Ref: TypeAlias = ModelRef | InMemory
@@ -218,7 +226,10 @@ Ref: TypeAlias = ModelRef | InMemory
 
 
 def as_model(value: Any) -> Ref:
-    """Read a model as recipes name it: text, a path, `{path: .., revision: ..}` or `{model: .., lora: ..}`."""
+    """Read a model as recipes name it: text, a path, `{path: .., revision: ..}` or `{model: .., lora: ..}`.
+
+    `lora` is an adapter or a list of them; `{path: .., weight: ..}` adds that much of what one changes.
+    """
     if isinstance(value, (str, os.PathLike)):
         return ModelRef.parse(os.fspath(value))
     if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
@@ -232,21 +243,37 @@ def as_model(value: Any) -> Ref:
 
 
 def _with_lora(base: Any, lora: Any) -> Any:
-    """Add MergeKit's `lora:` to a model."""
+    """Add MergeKit's `lora:` to a model, or a list of them."""
     if lora is None:
         return base
-    adapter = as_model(lora)
-    if not isinstance(base, ModelRef) or not isinstance(adapter, ModelRef) or base.lora or adapter.lora:
-        raise ValueError("takes one adapter, and both it and its base should be folders or Hub ids")
-    return base.with_lora(adapter)
+    adapters = [_as_adapter(one) for one in (lora if isinstance(lora, (list, tuple)) else [lora])]
+    if not isinstance(base, ModelRef) or base.lora or None in adapters:
+        raise ValueError("takes adapters under lora:, and they and their base should be folders or Hub ids")
+    return base.with_lora(*(one for one in adapters if one))
+
+
+def _as_adapter(value: Any) -> ModelRef | None:
+    """Read an adapter: a model, or `{path: .., revision: .., weight: ..}`."""
+    weight = 1.0
+    if isinstance(value, Mapping) and "weight" in value:
+        weight = value["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError("has an adapter whose weight is not a number")
+        value = {key: part for key, part in value.items() if key != "weight"}
+    adapter = as_model(value)
+    if not isinstance(adapter, ModelRef) or adapter.lora:
+        return None
+    return adapter if weight == 1 else adapter.model_copy(update={"weight": float(weight)})
 
 
 def _plain_model(model: ModelRef | InMemory) -> Any:
     """Write a model as text, or as a mapping where the text would be read as another model."""
-    if isinstance(model, InMemory) or str(model).count("+") == (model.lora is not None):
+    if isinstance(model, InMemory):
         return str(model)
-    parts = [part.model_dump(exclude_defaults=True) for part in (model.with_lora(None), model.lora) if part]
-    return parts[0] if len(parts) == 1 else {"model": parts[0], "lora": parts[1]}
+    if str(model).count("+") == len(model.lora) and all(one.weight == 1 for one in model.lora):
+        return str(model)
+    base, *adapters = [part.model_dump(exclude_defaults=True) for part in model.parts]
+    return {"model": base, "lora": adapters if len(adapters) > 1 else adapters[0]} if adapters else base
 
 
 Model = Annotated[ModelRef | InMemory, BeforeValidator(as_model), PlainSerializer(_plain_model)]

@@ -308,8 +308,3 @@ def test_folder_that_holds_no_adapter_is_told(saved):
         with_adapter(saved)
     with pytest.raises(SourceError, match="There is no model at"):
         open_source(ModelRef.parse(f"{saved / 'base'}+{saved / 'absent'}"))
-
-
-def test_adapter_alone_says_how_to_name_it(saved):
-    with pytest.raises(SourceError, match=r"is a PEFT adapter: name it after its base, as 'base\+.*adapter'"):
-        open_source(ModelRef(path=str(saved / "adapter")))

@@ -609,10 +609,11 @@ def test_path_with_a_plus_that_exists_is_a_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("a+b+c", "has more than one '+'"),
+        ("{model: org/a, lora: [org/b, {path: org/c, weight: x}]}", "whose weight is not a number"),
+        ("{model: org/a, lora: [org/b+org/c]}", "takes adapters under lora:"),
         ("+org/lora", "is not a model"),
         ("org/a+", "is not a model"),
-        ("{model: org/a+org/b, lora: org/c}", "takes one adapter"),
+        ("{model: org/a+org/b, lora: org/c}", "takes adapters under lora:"),
         ("{model: org/a, lora: 3}", "should be a folder"),
         ("{model: org/a, lora: org/b, override_architecture: X}", "should be a folder"),
     ],

@@ -195,7 +195,7 @@ def test_folder_without_weights_and_adapter_and_unknown_file_are_named(tmp_path)
     with pytest.raises(SourceError, match="holds no weights"):
         opened(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SourceError, match="is a PEFT adapter"):
+    with pytest.raises(SourceError, match=r"is an adapter, and its adapter_config\.json does not name its base"):
         opened(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(SourceError, match="is no file of weights"):

@@ -25,7 +25,7 @@ from hf_merge.types import TensorSpec
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _USUAL_STEMS = {"model", "pytorch_model", "adapter_model"}  # beside these, README.md is the card
-_SINGLES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TRAINING_STATE = {
     "optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin", "training_args.bin", "rng_state.pth"
 }  # fmt: skip
@@ -138,7 +138,7 @@ def find_weights(folder: Folder, label: str, below: str = "") -> list[str]:
     Raises:
         SourceError: there are none, or one that the index names is missing.
     """
-    for single in (os.path.join(below, name) for name in _SINGLES):
+    for single in (os.path.join(below, name) for name in SINGLES):
         if single in folder:
             return _indexed(folder, single) if single.endswith(".json") else [single]
     if os.path.join(below, "adapter_config.json") in folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ class ModuleSource(Source):
     """An `nn.Module` or `PreTrainedModel`, also one that accelerate has dispatched or offloaded.
 
     A PreTrainedModel shows the names that its `save_pretrained` would write.
+
+    Args:
+        module: the model.
+        label: how messages call it.
+        tensors: its tensors by the names that they have without an adapter, if it carries one.
     """
 
-    def __init__(self, module: nn.Module, label: str):
+    def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor] | None = None):
         self.label = label
         self._module = module
-        if any(".lora_" in name for name in module.state_dict()):
+        if tensors is None and any(".lora_" in name for name in module.state_dict()):
             raise SourceError(f"{label} carries an adapter: call merge_and_unload() first and pass the result.")
-        self._live = _compat.on_disk_layout(module)
+        self._live = _compat.on_disk_layout(module, tensors)
         self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, (_, t) in self._live.items()}
         self.config = _config_of(module)
 
