@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_merge import hub
 from hf_merge.adapters.card import adapter_card, energies
+from hf_merge.adapters.merging import AdapterMerge, adapters_of, join
 from hf_merge.adapters.modules import auto_mapping, task_type
 from hf_merge.adapters.planned import base_of, planned, slots_of
 from hf_merge.adapters.writer import AdapterWriter, Kept
@@ -36,11 +37,13 @@ from hf_merge.placement import DeviceMap, MaxMemory, check_devices, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
 from hf_merge.ranks import Team, current, together
-from hf_merge.recipe import Recipe
+from hf_merge.recipe import ADAPTER_FIELDS, Recipe
 from hf_merge.sources import Located, Source, open_sources, with_bases
 from hf_merge.sources.checkpoint import Checkpoint
+from hf_merge.sources.core import AdapterSource
 from hf_merge.sources.folder import read_json
 from hf_merge.sources.layout import align_layouts
+from hf_merge.sources.lora import Lora
 from hf_merge.sources.renamed import remapped
 from hf_merge.sources.weights import PICKLES
 from hf_merge.survey import surveyed
@@ -188,7 +191,12 @@ class MergedAdapter(MergedModel):
                 f"The base was a model in memory: load the adapter over it with "
                 f"PeftModel.from_pretrained(model, {str(self.path or self.repo_id)!r})."
             )
-        model_class = getattr(transformers, next(iter(self.plan.config.get("architectures") or ()), "AutoModel"))
+        named = self.plan.config.get("architectures")
+        if not named:
+            named = transformers.AutoConfig.from_pretrained(
+                self.base, revision=self.base_revision or "main"
+            ).architectures
+        model_class = getattr(transformers, next(iter(named or ()), "AutoModel"))
         model = model_class.from_pretrained(self.base, revision=self.base_revision or "main", **kwargs)
         if self.path is None:
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
@@ -226,7 +234,12 @@ def plan(
         SourceError: a model cannot be read.
     """
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    return surveyed(*_prepare(recipe, changes, (device_map, max_memory), max_shard_size, read))
+    loaded, where = Recipe.load(recipe, **changes), (device_map, max_memory)
+    if adapters := adapters_of(loaded, **read):
+        joined = join(loaded, adapters)
+        return surveyed(place(joined.plan, *where), joined.sources)
+    _refuse_words_of_adapters(loaded)
+    return surveyed(*_prepare(loaded, {}, where, max_shard_size, read))
 
 
 @together
@@ -294,11 +307,13 @@ def merge(
     where = (device_map, max_memory)
     wishes = {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok}
     loaded = Recipe.load(recipe, **changes)
-    if loaded.output_format == "adapter":
+    adapters = adapters_of(loaded, **read)
+    if adapters or loaded.output_format == "adapter":
         return _merge_adapter(
-            loaded, output, where, read, resume=resume, overwrite=overwrite, card_template=card_template,
+            loaded, adapters, output, where, read, resume=resume, overwrite=overwrite, card_template=card_template,
             push_to_hub=push_to_hub, keep_local=keep_local, wishes=wishes,
         )  # fmt: skip
+    _refuse_words_of_adapters(loaded)
     target = _target(output, push_to_hub, keep_local)
     one_file = output is not None and target.suffix == WEIGHTS
     away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
@@ -344,8 +359,19 @@ def merge(
     return MergedModel(None if away else target, made, *team.share("published", published))
 
 
+def _refuse_words_of_adapters(recipe: Recipe) -> None:
+    """Raise if a recipe for a model says what can only be said of an adapter."""
+    said = [name for name in ADAPTER_FIELDS if getattr(recipe, name) != Recipe.model_fields[name].default]
+    if said and recipe.output_format != "adapter":
+        raise RecipeError(
+            f"The recipe says '{said[0]}', which is of an adapter, and its models are none: "
+            "write output_format: adapter too, or leave it out."
+        )
+
+
 def _merge_adapter(
     recipe: Recipe,
+    adapters: Mapping[Ref, Lora],
     output: str | os.PathLike[str] | None,
     where: tuple[DeviceMap, MaxMemory | None],
     read: Mapping[str, Any],
@@ -357,7 +383,7 @@ def _merge_adapter(
     keep_local: bool | None,
     wishes: Mapping[str, Any],
 ) -> MergedAdapter:
-    """Merge into an adapter of the base; see `merge`."""
+    """Merge into an adapter, of adapters alone or of models and their base; see `merge`."""
     target = _target(output, push_to_hub, keep_local)
     _refuse_for_adapter(target, resume=resume)
     away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
@@ -365,64 +391,67 @@ def _merge_adapter(
         target = target.with_name(f".{target.name}.adapter")
     refuse_existing(target, overwrite=overwrite or away)
     destination = _destination(push_to_hub, None, read["token"], wishes)
-    made, sources = _prepare(recipe, {}, where, MAX_SHARD_SIZE, read)
-    made.check()
-    check_devices(step.device for step in made.steps)
-    check_downloads(remote_reads(made, sources))
-    _refuse_own_input(target, sources)
+    made = join(recipe, adapters) if adapters else _over_base(recipe, where, read)
+    made = replace(made, plan=place(made.plan, *where))
+    made.plan.check()
+    check_devices(step.device for step in made.plan.steps)
+    check_downloads(remote_reads(made.plan, made.sources))
+    _refuse_own_input(target, made.sources)
     name = target.name if destination is None else destination.repo_id
     if destination is not None:
         destination = destination.prepare()
     try:
-        kept = _write_adapter(made, sources, target, name, overwrite=overwrite or away, card_template=card_template)
+        kept = _write_adapter(made, target, name, overwrite=overwrite or away, card_template=card_template)
         info = None if destination is None else _push(target, destination)
     finally:
         if away:
             shutil.rmtree(target, ignore_errors=True)
     published = [destination.repo_id, info.oid, info.pr_url or info.commit_url] if destination and info else []
-    base, revision = _name_of_base(made, sources)
     left = {one.part.module: one.finished.left_out for one in kept if one.finished.left_out}
     return MergedAdapter(
-        None if away else target,
-        made,
-        *published,
-        base=base,
-        base_revision=revision,
-        kept=energies(kept),
-        left_out=left,
-    )
+        None if away else target, made.plan, *published,
+        base=made.base_model, base_revision=made.revision, kept=energies(kept), left_out=left,
+    )  # fmt: skip
 
 
-def _write_adapter(
-    made: Plan, sources: list[Source], target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
-) -> Sequence[Kept]:
-    """Execute a plan into the folder of an adapter."""
-    by_model = dict(zip(made.models, sources, strict=True))
+def _over_base(recipe: Recipe, where: tuple[DeviceMap, MaxMemory | None], read: Mapping[str, Any]) -> AdapterMerge:
+    """Plan a merge of models as an adapter of their base."""
+    made, sources = _prepare(recipe, {}, where, MAX_SHARD_SIZE, read)
+    made.check()
     base, revision = _name_of_base(made, sources)
     task = task_type(made.config)
     extra = {} if task else {"auto_mapping": auto_mapping(made.config)}
-    shown = public_recipe(made.recipe, by_model).to_yaml()
+    return AdapterMerge(made, sources, slots_of(made, sources), base, revision, task, extra_config=extra)
+
+
+def _write_adapter(
+    made: AdapterMerge, target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
+) -> Sequence[Kept]:
+    """Execute a plan into the folder of an adapter."""
+    plan, by_model = made.plan, dict(zip(made.plan.models, made.sources, strict=True))
     writer = AdapterWriter(
-        target, made, slots_of(made, sources), base_model=base, revision=revision, task_type=task,
-        metadata={RECIPE_KEY: shown}, overwrite=overwrite, extra_config=extra, vllm=made.recipe.vllm,
+        target, plan, made.slots, base_model=made.base_model, revision=made.revision, task_type=made.task_type,
+        dtype=made.dtype, metadata={RECIPE_KEY: public_recipe(plan.recipe, by_model).to_yaml()}, overwrite=overwrite,
+        extra_config=made.extra_config, vllm=plan.recipe.vllm,
     )  # fmt: skip
     with writer:
-        _adapter_card(made, sources, name, card_template, [], {})
-        _run(made, sources, writer, Team())
+        _adapter_card(made, name, card_template, [], {})
+        _run(plan, made.sources, writer, Team())
         kept = writer.assemble()
-        (writer.folder / RECIPE_FILE).write_text(pinned_recipe(made.recipe, by_model).to_yaml(), encoding="utf-8")
-        card = _adapter_card(made, sources, name, card_template, kept, writer.config)
-        card.save(writer.folder / "README.md")
+        made.sources[0].write_companions(writer.folder, lambda name: isinstance(made.sources[0], AdapterSource))
+        (writer.folder / RECIPE_FILE).write_text(pinned_recipe(plan.recipe, by_model).to_yaml(), encoding="utf-8")
+        _adapter_card(made, name, card_template, kept, writer.config).save(writer.folder / "README.md")
     _tell_what_is_left_out(kept)
     return kept
 
 
 def _adapter_card(
-    made: Plan, sources: list[Source], name: str, template: str | Path | None, kept: Sequence[Kept], config: Any
+    made: AdapterMerge, name: str, template: str | Path | None, kept: Sequence[Kept], config: Mapping[str, Any]
 ) -> ModelCard:
     """Render the card; once before anything is computed, as a template that fails should not fail at the end."""
+    notes = {} if made.notes is None else {"notes": made.notes}
     try:
-        return adapter_card(made, sources, name, kept=kept, config=config, template=template)
+        return adapter_card(made.plan, made.sources, name, kept=kept, config=config, template=template, **notes)
     except Exception as error:  # a template may do anything
         told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise OutputError(f"The card cannot be written from '{template or 'adapter.md'}': {told}.") from error

@@ -132,6 +132,7 @@ class SourceLike(Protocol):
     config: Mapping[str, Any]
     folders: tuple[str, ...]
     shared: Mapping[str, str]
+    is_reference: bool
     packed: bool
 
     def bytes_read(self, name: str) -> int: ...

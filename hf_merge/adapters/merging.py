@@ -58,7 +58,7 @@ class AdapterMerge:
     task_type: str | None
     dtype: torch.dtype | None = None
     extra_config: Mapping[str, Any] = field(default_factory=dict)
-    notes: Sequence[str] | None = None
+    notes: list[str] | None = None
 
 
 def adapters_of(recipe: Recipe, **hub: Any) -> dict[Ref, Lora]:
@@ -249,6 +249,14 @@ def _refuse_unmergeable(loras: Sequence[Lora]) -> None:
                 f"DoRA adapters merge with DoRA adapters of the same modules, and {told}: write base+adapter for "
                 "each, with base_model= and output_format='adapter', which merges what they make of the base's weights."
             )
+    modules = {module for lora in loras for module in lora.factored}
+    biased = {module for lora in loras for module, own in lora.factored.items() if own.bias}
+    if biased and biased != modules:
+        raise SourceError(
+            f"'{min(biased)}' has a trained bias (lora_bias) and '{min(modules - biased)}' none in any adapter; PEFT "
+            "keeps biases for all modules or none: write base+adapter for each, with base_model= and "
+            "output_format='adapter'."
+        )
     rows = {str(lora.config.get("trainable_token_indices")): lora.source.label for lora in loras if lora.tokens}
     if len(rows) > 1:
         one, other = [*rows.values()][:2]
@@ -297,7 +305,7 @@ def _extra(loras: Sequence[Lora]) -> Iterator[tuple[str, Any]]:
     """Yield fields of adapter_config.json that say what plain LoRA does not."""
     if any(own.magnitude for lora in loras for own in lora.factored.values()):
         yield "use_dora", True
-    for name in ("bias", "trainable_token_indices"):
+    for name in ("bias", "trainable_token_indices", "auto_mapping"):
         found = _first(loras, name)
         if found is not None and found != "none":
             yield name, found
@@ -331,7 +339,8 @@ def _part(change: Change, loras: Sequence[Lora], places: dict[str, int]) -> Part
         shape = shape[::-1]
     owner = change.module.rpartition(".")[0]
     places[owner] = places.get(owner, -1) + 1
-    return Part(change.module, change.kind, shape, turned, places[owner] if change.experts else 0)  # type: ignore[arg-type]
+    place, biased = places[owner] if change.experts else 0, any(own and own.bias for own in change.own)
+    return Part(change.module, change.kind, shape, turned, place, biased)  # type: ignore[arg-type]
 
 
 def _carried_slots(loras: Sequence[Lora]) -> Iterator[tuple[str, Slot]]:

@@ -25,7 +25,9 @@ from hf_merge.sources.quantized import dequantized
 from hf_merge.sources.weights import PICKLES
 from hf_merge.types import InMemory, ModelRef, Ref
 
-__all__ = ["Located", "Source", "download", "is_adapter", "locate", "open_source", "open_sources", "with_bases"]
+__all__ = [
+    "Located", "Source", "download", "has_weights", "is_adapter", "locate", "open_source", "open_sources", "with_bases",
+]  # fmt: skip
 
 _AT_A_TIME = 8
 
@@ -120,7 +122,7 @@ def with_bases(models: Iterable[Ref], found: dict[ModelRef, Located], **hub: Any
                     f"'{model}' is an adapter of '{base}', and that cannot be read: {error} "
                     f"If it is elsewhere, write 'base+{model}'."
                 ) from error
-        if base != model and is_adapter(found[base]) and not _has_weights(found[base]):
+        if base != model and is_adapter(found[base]) and not has_weights(found[base]):
             raise SourceError(
                 f"'{model}' is an adapter of '{base}', which is an adapter itself: write 'base+{base}+{model}'."
             )
@@ -129,7 +131,7 @@ def with_bases(models: Iterable[Ref], found: dict[ModelRef, Located], **hub: Any
 
 def _base_of(model: ModelRef, found: Mapping[ModelRef, Located], asked: list[Ref]) -> ModelRef:
     """Return the base of an adapter, as the recipe names it if it does."""
-    if _has_weights(found[model]):
+    if has_weights(found[model]):
         return model
     folder = found[model].folder
     config = read_object(folder.paths([ADAPTER_CONFIG])[0])
@@ -149,7 +151,8 @@ def _base_of(model: ModelRef, found: Mapping[ModelRef, Located], asked: list[Ref
     return ModelRef(path=told, revision=revision)
 
 
-def _has_weights(found: Located) -> bool:
+def has_weights(found: Located) -> bool:
+    """Tell whether a folder holds a model, beside an adapter or without one."""
     return any(name in found.folder for name in SINGLES)
 
 

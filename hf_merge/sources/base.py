@@ -28,6 +28,7 @@ class Source(Mapping[str, Tensor]):
             of its own, and so has each model of a merge: ask the `parts`.
         gated: whether the Hub asks for consent before it gives the model away.
         shared: names whose values are those of another, stored once: the other.
+        is_reference: whether it is there to be compared with, and is never merged itself: the base of adapters.
         packed: whether it is an adapter that shows its factors, packed as `ops.factors` says.
         remarks: what whoever merges it should know, in sentences.
     """
@@ -42,6 +43,7 @@ class Source(Mapping[str, Tensor]):
     card_data: ModelCardData | None = None
     gated: bool = False
     shared: Mapping[str, str] = {}
+    is_reference: bool = False
     packed: bool = False
     remarks: tuple[str, ...] = ()
 

@@ -293,6 +293,8 @@ class Unchanged(Source):
         name: of the base, if it is known; a config.json that is there is read.
     """
 
+    is_reference = True
+
     def __init__(self, space: Space, label: str, name: str | None):
         here = Path(label).expanduser() / "config.json"
         self.label, self.public_id = label, None if here.parent.exists() else name
