@@ -236,7 +236,7 @@ def plan(
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
     loaded, where = Recipe.load(recipe, **changes), (device_map, max_memory)
     if adapters := adapters_of(loaded, **read):
-        joined = join(loaded, adapters)
+        joined = join(loaded, adapters, **read)
         return surveyed(place(joined.plan, *where), joined.sources)
     _refuse_words_of_adapters(loaded)
     return surveyed(*_prepare(loaded, {}, where, max_shard_size, read))
@@ -391,7 +391,7 @@ def _merge_adapter(
         target = target.with_name(f".{target.name}.adapter")
     refuse_existing(target, overwrite=overwrite or away)
     destination = _destination(push_to_hub, None, read["token"], wishes)
-    made = join(recipe, adapters) if adapters else _over_base(recipe, where, read)
+    made = join(recipe, adapters, **read) if adapters else _over_base(recipe, where, read)
     made = replace(made, plan=place(made.plan, *where))
     made.plan.check()
     check_devices(step.device for step in made.plan.steps)
@@ -449,7 +449,7 @@ def _adapter_card(
     made: AdapterMerge, name: str, template: str | Path | None, kept: Sequence[Kept], config: Mapping[str, Any]
 ) -> ModelCard:
     """Render the card; once before anything is computed, as a template that fails should not fail at the end."""
-    notes = {} if made.notes is None else {"notes": made.notes}
+    notes: dict[str, Any] = {} if made.notes is None else {"notes": made.notes}
     try:
         return adapter_card(made.plan, made.sources, name, kept=kept, config=config, template=template, **notes)
     except Exception as error:  # a template may do anything

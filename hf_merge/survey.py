@@ -30,7 +30,7 @@ def surveyed(plan: Plan, sources: Sequence[Source]) -> Plan:
         sources: its models, in its order.
     """
     sizes = download_sizes(remote_reads(plan, sources))
-    parts = {id(part): part for source in sources for part in source.parts}
+    parts = {id(part): part for source in sources if not source.is_reference for part in source.parts}
     facts = tuple(_facts(part, sizes.get(part.public_id or "", 0)) for part in parts.values())
     made = replace(plan, facts=facts)
     if plan.errors:

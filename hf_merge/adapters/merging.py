@@ -24,7 +24,7 @@ from hf_merge.planner import make_plan
 from hf_merge.planning import Plan, Problem, format_bytes
 from hf_merge.recipe import Recipe
 from hf_merge.schema import Rule
-from hf_merge.sources import Source, has_weights, is_adapter, locate
+from hf_merge.sources import Located, Source, has_weights, is_adapter, locate
 from hf_merge.sources.adapter import open_adapter
 from hf_merge.sources.core import SPACES, AdapterSource, Apart, Change, Core, Full, Space, Unchanged, Units, carried
 from hf_merge.sources.lora import Lora, read_lora
@@ -85,12 +85,13 @@ def adapters_of(recipe: Recipe, **hub: Any) -> dict[Ref, Lora]:
     return {model: read_lora(*open_adapter(found[model].folder, str(model), **found[model].origin)) for model in alone}
 
 
-def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> AdapterMerge:
+def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMerge:
     """Plan a merge of adapters into an adapter.
 
     Args:
         recipe: all its models are adapters; its base_model is one of them, or names the model they belong to.
         adapters: the recipe's adapters.
+        **hub: token, cache_dir, local_files_only, stream: of the base, config.json and card are read, if it is there.
 
     Raises:
         SourceError: they do not go together.
@@ -104,7 +105,7 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> AdapterMerge:
     labels = zip(adapters, range(len(loras)), strict=True)
     sources: dict[Ref, Source] = {ref: AdapterSource(space, i, str(ref)) for ref, i in labels}
     named = ModelRef(path=base or "unknown base model")
-    unchanged = Unchanged(space, named.path, base)
+    unchanged = Unchanged(space, named.path, _folder(named, hub) if base else None)
     planned = _planned(recipe, named, loras)
     if planned.base_model == named:
         sources[named] = unchanged
@@ -152,9 +153,9 @@ def _words(recipe: Recipe, space: Space, loras: Sequence[Lora]) -> dict[str, Any
     )
     told = f", as few as keep {recipe.rank:.6g} of the energy" if isinstance(recipe.rank, float) else ""
     return {
-        "adapter": f"{len(space.changes)} modules" + (f", {kept} tensors as they are" if kept else ""),
+        "adapter": f"{len(space.changes)} modules" + (f", {kept} further tensors" if kept else ""),
         "space": "factors, packed" if isinstance(space, Units) else recipe.space or "core",
-        "rank": f"{min(ranks, default=0)} to {max(ranks, default=0)} at most{told}",
+        "rank": f"at most {'-'.join(map(str, sorted({min(ranks, default=0), max(ranks, default=0)})))}{told}",
         "at most": format_bytes(size),
         "bytes": size,
     }
@@ -206,6 +207,13 @@ def _base(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> tuple[str | None, lis
     others = [name for name in named if own is not None and name != str(own)]
     told = f"Adapters of {', '.join(map(repr, others))} are merged as adapters of '{own}', as base_model says."
     return str(own) if own else next(iter(named), None), [Problem("warning", told)] if others else []
+
+
+def _folder(base: ModelRef, hub: Mapping[str, Any]) -> Located | None:
+    """Find the folder of the base; nobody needs it but for what the card says."""
+    with suppress(SourceError):
+        return locate([base], **hub)[base]
+    return None
 
 
 def _planned(recipe: Recipe, base: ModelRef, loras: Sequence[Lora]) -> Recipe:

@@ -28,11 +28,13 @@ from torch import Tensor
 from hf_merge.errors import SourceError
 from hf_merge.ops.factors import packed
 from hf_merge.sources.base import Source
-from hf_merge.sources.folder import read_object
+from hf_merge.sources.cards import read_card
+from hf_merge.sources.folder import Folder, read_object
 from hf_merge.sources.lora import PREFIX, Factored, Lora
 from hf_merge.types import TensorSpec
 
 Pair = tuple[Tensor, Tensor]
+CONFIG = "config.json"
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
 
@@ -290,16 +292,20 @@ class Unchanged(Source):
     Args:
         space: how changes are shown.
         label: how messages call it.
-        name: of the base, if it is known; a config.json that is there is read.
+        located: its folder, file and origin, where config.json and card are.
     """
 
     is_reference = True
 
-    def __init__(self, space: Space, label: str, name: str | None):
-        here = Path(label).expanduser() / "config.json"
-        self.label, self.public_id = label, None if here.parent.exists() else name
-        self.config = read_object(here) if here.is_file() else {}
+    def __init__(self, space: Space, label: str, located: tuple[Folder, str, Mapping[str, str]] | None = None):
+        self.label = label
         self.specs = {name: spec for i in range(len(space.loras)) for name, (spec, _, _) in _shown(space, i)}
+        if located is None:
+            return
+        folder, _, origin = located
+        self.public_id, self.revision, self.gated = origin.get("public_id"), origin.get("revision"), folder.gated
+        self.card_data = read_card(folder.path, self.public_id)
+        self.config = read_object(folder.paths([CONFIG])[0]) if CONFIG in folder else {}
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.zeros(self.specs[name].shape, dtype=self.specs[name].dtype)
