@@ -1,4 +1,4 @@
-"""Adapters that were extracted: whole ones are the fine-tune in every way to load them, smaller ones the best there are."""
+"""Adapters that were extracted: whole ones are the fine-tune, however loaded; smaller ones the best there are."""
 
 import json
 import logging
