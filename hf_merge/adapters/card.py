@@ -95,7 +95,7 @@ def _notes(plan: Plan, base: Source) -> list[str]:
     )  # fmt: skip
     dtype = plan.recipe.out_dtype or plan.recipe.dtype
     return [
-        f"The merge less `{_last(base)}`, in float32 or wider, and the singular value decomposition of that ({how}), as "
+        f"The merge less `{_last(base)}`, in float32 or wider, and its singular value decomposition ({how}), as "
         f"U sqrt(S) and sqrt(S) V^T; rounded once to {dtype or 'the dtypes of the base'}.",
         *(f"Tensors matching `{rule.pattern}`: {rule.merge_method or plan.recipe.merge_method}."
           for rule in plan.recipe.rules),

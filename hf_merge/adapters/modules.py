@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from torch import nn
 from hf_merge import _compat
 from hf_merge.adapters.parts import Part
 
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -48,10 +52,11 @@ def _layout(config: str) -> Layout | None:
     model = _compat.empty_model(json.loads(config))
     if model is None:
         return None
-    inside = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     parts: dict[str, Part] = {}
     for path, module in model.named_modules():
-        parts |= _of_module(path, module, apart=f"{path}.".startswith((*inside, "\0")))
+        parts |= _of_module(path, module, unadapted=_reader(model, path))
+    if any(part.kind == "experts" for part in parts.values()):
+        parts = {name: _beside_experts(part) for name, part in parts.items()}
     tables = _compat.Conversion(model)
     return Layout(_with_twins(model, parts, tables.tied), tables)
 
@@ -76,20 +81,49 @@ def _is_one(model: nn.Module, part: Part, other: Part) -> bool:
     return model.get_submodule(part.module) is model.get_submodule(other.module)
 
 
-def _of_module(path: str, module: nn.Module, *, apart: bool) -> Iterator[tuple[str, Part]]:
+def _reader(model: nn.Module, path: str) -> str:
+    """Say how a module must be kept that is not only called: `none` where others read its weights past it.
+
+    torch's attention reads the weights of its output layer. A parametrisation makes weights of its own. Layers that
+    are asked for what PEFT's do not say, as Whisper's, and those whose weights Mamba's kernels read, are saved whole.
+    """
+    parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    if isinstance(parent, nn.MultiheadAttention) or "parametrizations" in path.split("."):
+        return "none"
+    asked = any(f"self.{name}.{word}" in _source(type(parent)) for word in ("stride", "num_embeddings"))
+    mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA and name in ("out_proj", "conv1d")
+    return "whole" if asked or mamba else ""
+
+
+@lru_cache(maxsize=256)
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+def _beside_experts(part: Part) -> Part:
+    """Let PEFT take layers for parameters that are called as single experts once were: it would fuse them as those."""
+    if part.kind != "linear" or part.module.rpartition(".")[2] not in _EXPERTS:
+        return part
+    return replace(part, module=f"{part.module}.weight", kind="experts")
+
+
+def _of_module(path: str, module: nn.Module, *, unadapted: str) -> Iterator[tuple[str, Part]]:
     """Yield (name in memory, part) for all that a module itself holds.
 
     Args:
         path: of the module.
         module: the module.
-        apart: whether an attention of torch's owns it, which reads the weights without asking the module.
+        unadapted: how it is kept, if not as others of its class.
     """
     shapes = {
         name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items() if "." not in name
     }
     before = f"{path}." if path else ""
     for name, shape in shapes.items():
-        kind = "none" if apart or not path else _kind(module, name, shapes)
+        kind = (unadapted or _kind(module, name, shapes)) if path else "none"
         owner = path if kind not in ("experts", "none") else before + name
         yield (
             before + name,
@@ -109,7 +143,10 @@ def _kind(module: nn.Module, name: str, shapes: Mapping[str, tuple[int, ...]]) -
     factored = _factored(module)
     if factored and name in ("weight", "bias"):
         return factored if name == "weight" else "bias" if factored != "embedding" else "none"
-    if any(len(shape) == 3 for shape in shapes.values()) and not _holds_modules(module):
+    stacked = any(len(shape) == 3 for shape in shapes.values()) and not isinstance(
+        module, (*_CONVOLUTIONS, *_TRANSPOSED)
+    )
+    if stacked and not _holds_modules(module):
         return "experts" if len(shapes[name]) in (2, 3) else "none"
     return "none" if _holds_modules(module) else "whole"
 

@@ -54,7 +54,7 @@ def planned(plan: Plan, sources: Sequence[Source]) -> Plan:
 
 
 def _memory(plan: Plan, slot: Change) -> int:
-    """Estimate the bytes of working memory of a slot: merge, change and a copy of it, and a square of its lesser side."""
+    """Estimate the bytes of working memory of a slot: merge, change, a copy of it, and squares of its lesser side."""
     size = sum(plan.specs[name].numel for name in slot.names)
     square = min(slot.part.sides) ** 2 if slot.part.kind in FACTORED else 0
     return 4 * 4 * size + 4 * 8 * square

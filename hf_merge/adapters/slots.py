@@ -90,7 +90,8 @@ class Change:
         )
 
     def _rounded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        dtype = self.dtype or self.base[self.names[0]].dtype
+        dtypes = (self.base[name].dtype for name in self.names)
+        dtype = self.dtype or next(dtype for dtype in dtypes if dtype.is_floating_point)
         return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
