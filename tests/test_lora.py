@@ -124,6 +124,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions_and_attention_of_torch(case, tmp_path):
+    """Of attention, PEFT adds the output's change twice, when it computes and when it merges; so does this."""
     merged = adapt(Convolutions(), tmp_path, **CONVOLUTIONS[case]).merge_and_unload()
     assert agrees(opened(tmp_path), merged, tmp_path) == (2 if case == "attention" else 4)
 
