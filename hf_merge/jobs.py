@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_merge import _compat
 from hf_merge.errors import MergeError, RecipeError, did_you_mean
 from hf_merge.recipe import Recipe
-from hf_merge.sources import download
+from hf_merge.sources import download, with_bases
 from hf_merge.types import InMemory, ModelRef, Ref
 
 MODELS = "/models"
@@ -157,14 +157,21 @@ def pin(recipe: Recipe, **hub: Any) -> Recipe:
         recipe: whose models are ids of the Hub.
         **hub: token and cache_dir; configs are fetched, so that access is known too.
     """
-    models = _models(recipe)
+    models = _on_hub_only(_models(recipe))
+    commits = {part: _pinned(part, **hub) for model in models for part in _refs(model)}
+    alone = [model for model in models if _refs(model) == [model] and _is_adapter(commits[model], **hub)]
+    if alone:
+        return pin(recipe.renamed(with_bases(alone, {}, **hub)), **hub)
+    return recipe.renamed({model: _joined([commits[part] for part in _refs(model)]) for model in models})
+
+
+def _on_hub_only(models: list[Ref]) -> list[Ref]:
     if elsewhere := [str(model) for model in models if not all(_on_hub(part) for part in _refs(model))]:
         raise RecipeError(
             f"A job sees models on the Hub only, and these are not there: {', '.join(elsewhere)}. "
             "Push them first (`hf upload`), and name them by their ids."
         )
-    commits = {part: _pinned(part, **hub) for model in models for part in _refs(model)}
-    return recipe.renamed({model: _joined([commits[part] for part in _refs(model)]) for model in models})
+    return models
 
 
 def volumes(recipe: Recipe) -> list[Volume]:
@@ -303,7 +310,11 @@ def _on_hub(part: Any) -> bool:
 def _pinned(part: ModelRef, **hub: Any) -> ModelRef:
     """Find the commit of a model, and whether it may be read."""
     folder = download(part, only=["config.json", "adapter_config.json"], **hub)
-    return ModelRef(path=part.path, revision=folder.name)
+    return ModelRef(path=part.path, revision=folder.name, weight=part.weight)
+
+
+def _is_adapter(part: ModelRef, **hub: Any) -> bool:
+    return (download(part, only=["adapter_config.json"], **hub) / "adapter_config.json").is_file()
 
 
 def _seconds(timeout: str | int) -> float:

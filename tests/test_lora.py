@@ -15,7 +15,9 @@ from hf_merge.sources.folder import Folder
 from hf_merge.sources.lora import read_lora
 from hf_merge.types import ModelRef
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning"
+)
 
 
 def llama(**changes):
@@ -71,7 +73,7 @@ def adapt(model, folder, *, name="adapter", seed=1, **settings):
     adapted = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **settings}))
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
-            if "magnitude" in key or "token" in key or "modules_to_save" in key:
+            if "magnitude" in key or "trainable_tokens" in key or "modules_to_save" in key:
                 parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     adapted.save_pretrained(folder / name, save_embedding_layers=False)
     return adapted
@@ -92,7 +94,7 @@ def agrees(source, merged, folder):
     base = load_file(folder / "base" / "model.safetensors")
     assert source.specs.keys() == expected.keys() == base.keys()
     for name in source:
-        assert (source[name] - expected[name]).abs().max() <= 1e-6, name
+        assert (source[name] - expected[name]).abs().max() <= 1e-6 * max(1, expected[name].abs().max()), name
     return sum(not torch.equal(source[name], base[name]) for name in source)
 
 
@@ -106,9 +108,10 @@ def same_forward(folder, adapted, names=("adapter",)):
     expected = logits(adapted)
     ref = "+".join([f"{folder / 'base'}", *(f"{folder / name}" for name in names)])
     done = hf_merge.merge([ref], folder / "out", method="passthrough")
-    assert (logits(done.load()) - expected).abs().max() < 1e-5
+    bound = 1e-5 * max(1, expected.abs().max())
+    assert (logits(done.load()) - expected).abs().max() < bound
     loaded = hf_merge.from_pretrained([ref], method="passthrough")
-    assert (logits(loaded) - expected).abs().max() < 1e-5
+    assert (logits(loaded) - expected).abs().max() < bound
     return done
 
 
@@ -121,6 +124,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions_and_attention_of_torch(case, tmp_path):
+    """Of attention, PEFT adds the output's change twice, when it computes and when it merges; so does this."""
     merged = adapt(Convolutions(), tmp_path, **CONVOLUTIONS[case]).merge_and_unload()
     assert agrees(opened(tmp_path), merged, tmp_path) == (2 if case == "attention" else 4)
 
@@ -253,7 +257,9 @@ def test_adapters_with_weights_are_summed_on_the_base(tmp_path):
     base, alone = load_file(tmp_path / "base" / "model.safetensors"), {n: opened(tmp_path, n) for n in "abc"}
     together = opened(tmp_path, "a", "b", "c")
     adapters = [{"path": str(tmp_path / name), "weight": w} for name, w in zip("abc", (0.5, -1.0, 2.0), strict=True)]
-    recipe = hf_merge.Recipe.load([{"model": str(tmp_path / "base"), "lora": adapters}], method="passthrough")
+    recipe = hf_merge.Recipe.load(
+        [{"model": {"model": str(tmp_path / "base"), "lora": adapters}}], method="passthrough"
+    )
     assert recipe == hf_merge.Recipe.from_yaml(recipe.to_yaml())
     weighted = open_source(recipe.references[0])
     assert len(together.parts) == len(weighted.parts) == 4 and "0.5*" in weighted.label
@@ -302,13 +308,15 @@ def test_adapter_of_another_architecture_names_both(tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "org/llama"}))
     llama(hidden_size=32).save_pretrained(tmp_path / "wide")
-    config = transformers.BertConfig(40, 16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(
         SourceError, match=r"do not fit '.*q_proj\.weight' .* of '.*wide': it was trained on 'org/llama"
     ):
         open_source(ModelRef.parse(f"{tmp_path / 'wide'}+{tmp_path / 'adapter'}"))
-    with pytest.raises(SourceError, match="no place in '.*bert', which lacks .*: it was trained on 'org/llama'"):
+    with pytest.raises(SourceError, match=r"no place in '.*bert', which lacks .*: it was trained on 'org/llama'"):
         open_source(ModelRef.parse(f"{tmp_path / 'bert'}+{tmp_path / 'adapter'}"))
 
 
@@ -317,7 +325,7 @@ def test_experts_whose_parameters_are_not_named_are_refused(tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "target_parameters": ["experts.gate_up_proj"]}))
-    with pytest.raises(SourceError, match="2 pairs of factors for .*, and its config names gate_up_proj there"):
+    with pytest.raises(SourceError, match=r"2 pairs of factors for .*, and its config names gate_up_proj there"):
         opened(tmp_path)
     path.write_text(json.dumps({**config, "r": 5}))
     with pytest.raises(SourceError, match="have rank 12, and its config says 5"):

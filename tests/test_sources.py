@@ -228,12 +228,13 @@ def test_module_on_the_meta_device_has_no_values():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
-def test_module_with_a_live_adapter_is_refused(llamas):
+def test_module_whose_live_adapter_is_merged_is_refused(llamas):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(llamas["a"]), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(SourceError, match="merge_and_unload"):
+    model.merge_adapter()
+    with pytest.raises(SourceError, match="has merged its adapter into its weights: call unmerge_adapter"):
         open_source(InMemory(model, "m"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -270,8 +270,9 @@ class _Fitting:
         self._found.setdefault(place.name, []).append(PutRows(self.adapter, key, tokens))
 
     def _add(self, one: Factored) -> None:
-        places = self._find(self._name(one), one.left)
-        for place in places:
+        if ".base_layer.out_proj." in one.left:  # of nn.MultiheadAttention: PEFT adds it twice, in training as well
+            one = replace(one, scale=2 * one.scale)
+        for place in self._find(self._name(one), one.left):
             self._add_at(one, place)
         if one.bias:
             name = f"{one.module}.bias"

@@ -12,7 +12,14 @@ from hf_merge.errors import SourceError, shown
 from hf_merge.sources.weights import PICKLES, WeightFile, open_weights
 
 _WEIGHTS = {".safetensors", *PICKLES, ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz"}
-_NOT_COMPANIONS = {"README.md", "config.json", "hf_merge_recipe.yaml", "mergekit_config.yml", "trainer_state.json"}
+_NOT_COMPANIONS = {
+    "README.md",
+    "config.json",
+    "adapter_config.json",
+    "hf_merge_recipe.yaml",
+    "mergekit_config.yml",
+    "trainer_state.json",
+}
 _OTHER_FORMATS = {"onnx", "openvino", "coreml"}
 
 

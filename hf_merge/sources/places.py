@@ -145,7 +145,8 @@ def _prefixing(names: list[str], specs: Mapping[str, Any]) -> Callable[[str], st
     for less, more in ((less, more) for less in removed for more in added):
         if most == len(names):
             break
-        fit = sum(name.startswith(less) and more + name.removeprefix(less) in specs for name in names)
+        rests = [name.removeprefix(less) for name in names if name.startswith(less)]
+        fit = sum("." in rest and more + rest in specs for rest in rests)  # `weight` alone is no likeness
         if fit > most:
             best, most = (less, more), fit
     less, more = best
