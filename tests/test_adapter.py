@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import hf_merge
 from hf_merge.errors import OutputError, SourceError
 from hf_merge.sources import open_source
-from hf_merge.sources.adapter import HARMLESS_FIELDS, READ_FIELDS, check_config
+from hf_merge.sources.lora import HARMLESS_FIELDS, READ_FIELDS, check_config
 from hf_merge.types import ModelRef
 
 pytestmark = pytest.mark.filterwarnings(
@@ -228,8 +228,8 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
 Q = f"{STEM}.lora_A.weight"
 BREAKS = {
     "no such tensor": (
-        lambda t: t.update({Q.replace("layers.0", "layers.7"): t.pop(Q)}),
-        r"layers\.7\.self_attn\.q_proj\.lora_A\.weight' of .* has no place in .* lacks 'model\.layers\.7",
+        lambda t: t.update({k.replace("layers.0", "layers.7"): t.pop(k) for k in [Q, Q.replace("_A", "_B")]}),
+        r"layers\.7\.self_attn\.q_proj\.lora_B\.weight' of .* has no place in .* lacks 'model\.layers\.7",
     ),
     "no such saved module": (
         lambda t: t.update({"base_model.model.score.weight": torch.ones(2)}),
@@ -260,12 +260,10 @@ def test_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor(case, sa
 
 
 CONFIGS = [
-    ({"peft_type": "LOHA"}, "type 'LOHA'; only LoRA is read: merge it with PEFT"),
+    ({"peft_type": "LOHA"}, "type 'LOHA', not a LoRA: merge it with PEFT"),
     ({"peft_type": None}, "type None"),
-    ({"use_dora": True}, "uses use_dora, which"),
-    ({"target_parameters": ["mlp.experts.down_proj"]}, "uses target_parameters"),
     ({"use_qalora": True, "layer_replication": [[0, 1]]}, "uses layer_replication, use_qalora"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"r": 4}, "have rank 3, and its config says 4"),
     ({"something_new": {"x": 1}}, "something_new"),
     ({"init_lora_weights": "pissa"}, "made by 'pissa', which changes the base too"),
     ({"init_lora_weights": ["x"]}, r"made by \['x'\]"),
@@ -290,8 +288,8 @@ def test_every_field_of_peft_s_config_is_read_harmless_or_refused():
     from peft import LoraConfig
 
     refused = {
-        "use_dora", "use_qalora", "use_bdlora", "target_parameters", "layer_replication", "alora_invocation_tokens",
-        "trainable_token_indices", "arrow_config", "velora_config", "monteclora_config", "kasa_config",
+        "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config",
+        "velora_config", "monteclora_config", "kasa_config",
         "megatron_config",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(LoraConfig)} == READ_FIELDS | HARMLESS_FIELDS | refused
