@@ -28,6 +28,7 @@ class Source(Mapping[str, Tensor]):
             of its own, and so has each model of a merge: ask the `parts`.
         gated: whether the Hub asks for consent before it gives the model away.
         shared: names whose values are those of another, stored once: the other.
+        metadata: what a file of weights says beside them, in words.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Source(Mapping[str, Tensor]):
     card_data: ModelCardData | None = None
     gated: bool = False
     shared: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {}
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hf_merge.errors import SourceError
@@ -67,6 +67,8 @@ _FOREIGN = {
     "full difference": re.compile(r"(.+)\.(diff|diff_b|set_weight|w_norm|b_norm)", re.DOTALL),
 }
 _PROCESSED = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_WRAPPER = "text_model"
+_IN_WRAPPER = re.compile(r"(?:encoder(?=[._]layers)|embeddings|final_layer_norm)([._]|$)")
 Place = tuple[str, str]
 """Part of a pipeline, and module in it with underscores for dots."""
 
@@ -83,6 +85,8 @@ class Key:
         family: which endings it has; none for an alpha that ends the same in all.
         prefix: what stands before the module.
         stability: whether the module is named as in Stability's UNet.
+        wrapped: whether CLIP's `text_model.` stands before the module, which transformers 5 left out; `flat` and `path`
+            are without it.
     """
 
     part: str
@@ -92,6 +96,7 @@ class Key:
     family: str
     prefix: str
     stability: bool = False
+    wrapped: bool = False
 
     @property
     def place(self) -> Place:
@@ -130,7 +135,19 @@ def taken_apart(name: str) -> Key | None:
     if found is None:
         return None
     stem, (family, role) = found[1], _FAMILY_OF.get(found[2], ("", "alpha"))
-    return _flat_key(stem, role, family) if "." not in stem else _dotted_key(stem, role, family)
+    key = _flat_key(stem, role, family) if "." not in stem else _dotted_key(stem, role, family)
+    return key if key is None or not key.part.startswith(TEXT) else _unwrapped(key)
+
+
+def _unwrapped(key: Key) -> Key:
+    flat, path = key.flat.removeprefix(f"{_WRAPPER}_"), key.path
+    return replace(key, flat=flat, path=path and path.removeprefix(f"{_WRAPPER}."), wrapped=flat != key.flat)
+
+
+def wrapped(module: str) -> str:
+    """Put CLIP's `text_model.` before those modules, with dots or underscores, that it stands before."""
+    found = _IN_WRAPPER.match(module)
+    return f"{_WRAPPER}{found[1] or '.'}{module}" if found else module
 
 
 def _flat_key(stem: str, role: str, family: str) -> Key | None:
@@ -200,11 +217,13 @@ class Spelling:
         prefix: what stands before a module.
         family: which endings its tensors have.
         stability: whether its modules are named as in Stability's UNet.
+        wrapped: whether CLIP's `text_model.` stands before them.
     """
 
     prefix: str
     family: str
     stability: bool = False
+    wrapped: bool = False
 
     def spell(self, flat: str, path: str | None, role: str) -> str:
         """Name a tensor.
@@ -222,20 +241,22 @@ class Spelling:
             family, stem = _processor(stem) if role in ("down", "up") else ("peft", stem)
         ending = ".alpha" if role == "alpha" else ENDINGS[family].get(role) or ENDINGS["peft"].get(role)
         if ending is None or (self.prefix in _FLAT_PREFIXES and role not in ("alpha", *ENDINGS["kohya"])):
-            raise SourceError(f"{role} of '{flat}' has no name in the style of the first file: name another file first.")
+            raise SourceError(
+                f"{role} of '{flat}' has no name in the style of the first file: name another file first."
+            )
         return stem + ending
 
     def _stem(self, flat: str, path: str | None) -> str:
         written = to_stability(flat) if self.stability else flat
         if self.prefix in _FLAT_PREFIXES:
-            return self.prefix + written
+            return self.prefix + (wrapped(written) if self.wrapped else written)
         if path is None or written != flat:
             path = dotted(written)
         if path is None:
             raise SourceError(
                 f"Where the dots are in '{flat}' is not known: name first a file whose names are of the same style."
             )
-        return self.prefix + path
+        return self.prefix + (wrapped(path) if self.wrapped else path)
 
 
 def _processor(stem: str) -> tuple[str, str]:
@@ -246,4 +267,4 @@ def _processor(stem: str) -> tuple[str, str]:
         return "processor", f"{above}.{word}"
     if word and ".attn" in above:
         return "processor", f"{above}.processor.{word}"
-    return ("text" if ".text_model." in stem else "old"), stem
+    return ("text" if stem.startswith(TEXT) or ".encoder.layers." in stem else "old"), stem

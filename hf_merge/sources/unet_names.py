@@ -1,9 +1,9 @@
-"""Two names of one module: of UNets as Stability released them and as diffusers has them; with underscores or dots.
+"""Two names of one module: of Stability's UNets and of diffusers', with underscores and with dots.
 
-Stability's UNet numbers its blocks through (`input_blocks_4_1`, `middle_block_1`, `output_blocks_5_2`), diffusers' nests
-them (`down_blocks_1_attentions_0`). Stable Diffusion 1, 2 and XL all have two layers a block on the way down and three on
-the way up, and after each block but the last something that halves or doubles the image, so that both ways every third
-number begins or ends a block.
+Stability's UNet numbers its blocks through (`input_blocks_4_1`, `middle_block_1`, `output_blocks_5_2`), diffusers'
+nests them (`down_blocks_1_attentions_0`). Stable Diffusion 1, 2 and XL all have two layers a block on the way down and
+three on the way up, and after each block but the last something that halves or doubles the image, so that both ways
+every third number begins or ends a block.
 """
 
 from __future__ import annotations
@@ -89,21 +89,21 @@ def to_stability(flat: str) -> str:
     return f"{side}_blocks_{number}_{int(kind == 'attentions')}_{inner}"
 
 
-_WORDS = frozenset("""
-    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks attn1 attn2 to_q to_k
-    to_v to_out ff net proj proj_in proj_out conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj
-    time_embedding add_embedding linear_1 linear_2
-    input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection op time_embed label_emb out
-    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings
-    token_embedding position_embedding
-    block layer SelfAttention DenseReluDense q k v o wi wo
-    single_transformer_blocks attn add_q_proj add_k_proj add_v_proj to_add_out ff_context norm norm1 norm1_context
-    linear proj_mlp norm_out x_embedder context_embedder time_text_embed timestep_embedder guidance_embedder
-    text_embedder img_mlp txt_mlp img_mod txt_mod
-    double_blocks single_blocks img_attn txt_attn qkv lin modulation linear1 linear2 img_in txt_in time_in vector_in
-    guidance_in in_layer out_layer final_layer adaLN_modulation
-    blocks cross_attn k_img v_img ffn
-""".split())  # fmt: skip
+_WORDS = frozenset({
+    "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers",
+    "transformer_blocks", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "proj_in",
+    "proj_out", "conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "time_embedding",
+    "add_embedding", "linear_1", "linear_2", "input_blocks", "middle_block", "output_blocks", "in_layers", "emb_layers",
+    "out_layers", "skip_connection", "op", "time_embed", "label_emb", "out", "text_model", "encoder", "layers",
+    "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "mlp", "fc1", "fc2", "text_projection", "embeddings",
+    "token_embedding", "position_embedding", "block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o",
+    "wi", "wo", "single_transformer_blocks", "attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "ff_context", "norm", "norm1", "norm1_context", "linear", "proj_mlp", "norm_out", "x_embedder", "context_embedder",
+    "time_text_embed", "timestep_embedder", "guidance_embedder", "text_embedder", "img_mlp", "txt_mlp", "img_mod",
+    "txt_mod", "double_blocks", "single_blocks", "img_attn", "txt_attn", "qkv", "lin", "modulation", "linear1",
+    "linear2", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer",
+    "adaLN_modulation", "blocks", "cross_attn", "k_img", "v_img", "ffn",
+})  # fmt: skip
 _LONGEST = max(word.count("_") + 1 for word in _WORDS)
 
 
