@@ -414,8 +414,11 @@ def _spellings(keys: Iterable[Key], parts: set[str]) -> dict[str, Spelling]:
     """Say how the modules of each part are named: as in the first file; a part that it lacks, in its manner."""
     found: dict[str, Spelling] = {}
     for key in keys:
-        if key.family and (key.part not in found or key.stability or key.wrapped):
-            found[key.part] = Spelling(key.prefix, key.family, key.stability, key.wrapped)
+        if key.family:
+            told = found.setdefault(key.part, Spelling(key.prefix, key.family))
+            family = key.family if key.family == "processor" else told.family
+            flags = (told.stability or key.stability, told.wrapped or key.wrapped)
+            found[key.part] = Spelling(told.prefix, family, *flags)
     first = next(iter(found.values()), Spelling("unet.", "peft"))
     many = found.get(DENOISER, first).stability or "text_encoder_2" in parts
     return {part: found.get(part) or _other_part(part, first, many) for part in parts}
