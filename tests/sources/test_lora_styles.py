@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.folder import Folder
 from hf_merge.sources.lora import read_lora
 from hf_merge.sources.lora_names import Style, style_of, taken_apart
-from hf_merge.sources.lora_styles import metadata_of, to_style, unify
+from hf_merge.sources.lora_styled import metadata_of, to_style
+from hf_merge.sources.lora_styles import unify
 from hf_merge.sources.mapping import MappingSource
 from hf_merge.sources.unet_names import dotted, to_diffusers, to_stability
 
@@ -209,7 +211,9 @@ def test_three_convolutions_are_made_two():
     image, conv = torch.randn(1, 6, 8, 8), torch.nn.functional.conv2d
     true = conv(conv(conv(image, down), mid, padding=1), up)
     found = conv(conv(image, adapter[factored.right], padding=1), adapter[factored.left])
-    assert torch.allclose(found, true, atol=1e-4) and not [n for n in to_style(tensors, dict(adapter)) if ".lora_mid" in n]
+    assert torch.allclose(found, true, atol=1e-4) and not [
+        n for n in to_style(tensors, dict(adapter)) if ".lora_mid" in n
+    ]
 
 
 @pytest.mark.parametrize("module", [Q, CONV])
@@ -250,10 +254,12 @@ def test_metadata_of_kohya_and_of_diffusers():
     assert metadata_of(names, names) == {
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "4.0",
     }  # fmt: skip
-    names = spelled("diffusers", {**factors((Q, MLP)), **factors((FF,), rank=2), **factors((OUT,))})
+    names = spelled("diffusers", {**factors((Q, MLP)), **factors((TEXT, FF), rank=2), **factors((OUT,))})
+    assert metadata_of(names, spelled("diffusers", factors())) == {"format": "pt"}
     told = json.loads(metadata_of(names, names)["lora_adapter_metadata"])
     assert told["unet.r"] == told["unet.lora_alpha"] == told["text_encoder.r"] == 4
     assert list(told["unet.rank_pattern"].values()) == [2] and told["unet.target_modules"] == sorted([Q, FF, OUT])
+    assert list(told["text_encoder.rank_pattern"]) == [rf"(?:{re.escape(TEXT.removeprefix('text_model.'))})"]
 
 
 # names
