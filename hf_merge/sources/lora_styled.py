@@ -34,7 +34,9 @@ def to_style(names_of_first: Iterable[str], tensors: Mapping[str, Tensor]) -> di
         tensors: the adapter's, under PEFT's names, as `unify` gave them.
 
     Returns:
-        the tensors, and an `alpha` of a rank for each module where the file has any, or is kohya's.
+        the tensors, and where the file has any `alpha`, or is kohya's, one for each module. It is the same for all, the
+        rank that most have, and the factors of modules of other ranks are scaled to it: diffusers applies the alphas of
+        single modules of kohya's files to none of the attention.
 
     Raises:
         SourceError: a tensor has no name in this style, or is none of a LoRA.
@@ -46,16 +48,31 @@ def to_style(names_of_first: Iterable[str], tensors: Mapping[str, Tensor]) -> di
     known = {(key.place, key.role): name for name, key in keys.items()}
     found = {name: _taken(name) for name in tensors}
     spellings = _spellings(keys.values(), {key.part for key in found.values()})
-    alphas = style_of(names) is Style.KOHYA or any(key.role == "alpha" for key in keys.values())
+    alpha = None
+    if style_of(names) is Style.KOHYA or any(key.role == "alpha" for key in keys.values()):
+        alpha = _usual([tensors[name].shape[0] for name, key in found.items() if key.role == "down" and tensors[name].dim()])
     result: dict[str, Tensor] = {}
     for name, key in found.items():
         spelling, tensor = spellings[key.part], tensors[name]
         new = known.get((key.place, key.role)) or spelling.spell(key.flat, key.path, key.role)
-        result[new] = _kohya_norms(tensor) if key.role == "magnitude" and spelling.family == "kohya" else tensor
-        if key.role == "down" and alphas:
+        result[new] = _told(tensor, key.role, spelling.family, alpha)
+        if key.role == "down" and alpha is not None:
             new = known.get((key.place, "alpha")) or spelling.spell(key.flat, key.path, "alpha")
-            result[new] = torch.tensor(float(tensor.shape[0]))
+            result[new] = torch.tensor(float(alpha))
     return result
+
+
+def _usual(ranks: Iterable[int]) -> int:
+    return max(Counter(ranks).items(), key=lambda item: item[1], default=(1, 0))[0]
+
+
+def _told(tensor: Tensor, role: str, family: str, alpha: int | None) -> Tensor:
+    """Return a tensor as a style has it, whose scale is alpha / r with one alpha for all, or one without an alpha."""
+    if role == "magnitude" and family == "kohya":
+        return tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))  # a column: [out, 1], convolutions [out, 1, 1, 1]
+    if role == "up" and alpha is not None and tensor.dim() > 1 and tensor.shape[1] != alpha:
+        return (tensor.float() * (tensor.shape[1] / alpha)).to(tensor.dtype)
+    return tensor
 
 
 def _taken(name: str) -> Key:
@@ -63,11 +80,6 @@ def _taken(name: str) -> Key:
     if key is None:
         raise SourceError(f"'{name}' is no tensor of a LoRA, so that it has no name in the style of the first file.")
     return key
-
-
-def _kohya_norms(tensor: Tensor) -> Tensor:
-    """Return norms as a column: [out, 1], for convolutions [out, 1, 1, 1]."""
-    return tensor.reshape(-1, *[1] * max(tensor.dim() - 1, 1))
 
 
 def _spellings(keys: Iterable[Key], parts: set[str]) -> dict[str, Spelling]:
@@ -89,8 +101,8 @@ def _other_part(part: str, first: Spelling, many: bool) -> Spelling:
         text = {"text_encoder": "lora_te1_" if many else "lora_te_", DENOISER: "lora_unet_"}
         number = part.removeprefix("text_encoder_")
         return Spelling(text.get(part, f"lora_te{number}_"), first.family, wrapped=True)
-    family = "peft" if first.family in ("peft", "kohya") else "text" if part.startswith("text") else "old"
-    return Spelling(word_of(part), family, wrapped=True)
+    family = {"kohya": "peft", "text": "old"}.get(first.family, first.family)
+    return Spelling(word_of(part), "text" if family == "old" and part.startswith(TEXT) else family, wrapped=True)
 
 
 def metadata_of(names_of_first: Iterable[str], written: Mapping[str, Tensor]) -> dict[str, str]:
@@ -102,22 +114,22 @@ def metadata_of(names_of_first: Iterable[str], written: Mapping[str, Tensor]) ->
     """
     style = style_of(names_of_first)
     keys = {name: key for name in written if (key := taken_apart(name)) is not None}
-    ranks = {name: written[name].shape[0] for name, key in keys.items() if key.role == "down"}
+    ranks = {name: written[name].shape[0] for name, key in keys.items() if key.role == "down" and written[name].dim()}
     told: dict[str, str] = {}
     if style is Style.KOHYA and ranks:
-        rank = Counter(ranks.values()).most_common(1)[0][0]
+        rank = _usual(ranks.values())
         told = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
-    elif style in (Style.DIFFUSERS, Style.DIFFUSERS_OLD) and len(set(ranks.values())) > 1:
-        if not any(key.role == "alpha" for key in keys.values()):  # diffusers takes one or the other
-            told = {METADATA: json.dumps(_diffusers_configs(keys, ranks), indent=2, sort_keys=True)}
+    alphas = any(key.role == "alpha" for key in keys.values())  # diffusers takes these or metadata
+    if style in (Style.DIFFUSERS, Style.DIFFUSERS_OLD) and len(set(ranks.values())) > 1 and not alphas:
+        told = {METADATA: json.dumps(_diffusers_configs(keys, ranks), indent=2, sort_keys=True)}
     return {"format": "pt", **told}
 
 
 def _diffusers_configs(keys: Mapping[str, Key], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Say the ranks of modules, which diffusers before 0.36 otherwise takes for alphas of all.
+    """Say that the alpha of a module is its rank, which earlier versions of diffusers take from one module for all.
 
-    Names of text encoders are given without CLIP's `text_model.`, which some versions have and others not; PEFT looks for
-    them at the end of a module's name.
+    Names of text encoders are given without CLIP's `text_model.`, which some versions have and others not; PEFT looks
+    for them at the end of a module's name.
     """
     configs: dict[str, Any] = {}
     for prefix in dict.fromkeys(keys[name].prefix for name in ranks):

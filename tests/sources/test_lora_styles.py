@@ -1,4 +1,4 @@
-"""LoRA files of kohya's, diffusers' and PEFT's styles: one module has one name, and what comes out is named as the first."""
+"""LoRA files of kohya's, diffusers' and PEFT's styles: a module has one name, what is made is named as the first."""
 
 import json
 import math
@@ -136,13 +136,8 @@ def test_modules_that_the_first_lacks_are_named_as_its_own(style, other):
 def test_parts_that_the_first_lacks_are_named_in_its_manner(style):
     few = spelled(style, factors((Q,)))
     _, (adapter, _) = unify(opened(few, spelled("diffusers", factors())))
-    manner = {"first diffusers": "old diffusers", "diffusers, no text_model": "diffusers"}
-    theirs = spelled(style, factors()) if style != "first diffusers" else spelled(style, factors(UNET)) | {
-        n: t for n, t in spelled(manner[style], factors(CLIP)).items()
-    }  # fmt: skip
-    if style == "diffusers, no text_model":
-        theirs = spelled("diffusers", factors())
-    assert set(to_style(few, dict(adapter))) == set(theirs)
+    manner = {"diffusers, no text_model": "diffusers"}.get(style, style)
+    assert set(to_style(few, dict(adapter))) == set(spelled(manner, factors()))
 
 
 def test_dtypes_are_kept_and_nothing_but_alpha_is_read():
@@ -189,6 +184,16 @@ def test_ranks_and_alphas_of_modules_differ():
     assert config["r"] == 4 and config["lora_alpha"] == 1 and len(config["alpha_pattern"]) == 1
     scales = {name: f.scale for name, f in read_lora(adapter, config).factored.items()}
     assert scales == {f"unet.{Q}": 3, f"unet.{FF}": 0.25, f"unet.{OUT}": 0.25}
+
+
+def test_one_alpha_is_written_for_modules_of_all_ranks():
+    """Alphas of single modules are not applied to attention by diffusers."""
+    names = spelled("kohya", {**factors((Q,), rank=2), **factors((FF, OUT), rank=4)})
+    ((adapter, config),) = unify(opened(names))
+    written = to_style(names, dict(adapter))
+    assert {t.item() for n, t in written.items() if n.endswith(".alpha")} == {4}
+    ((again, told),) = unify(opened(written))
+    assert close(deltas(adapter, config), deltas(again, told))
 
 
 def test_alpha_in_the_metadata_of_diffusers_is_read(tmp_path):
@@ -280,7 +285,7 @@ NAMES = {  # Stability's: diffusers', as the architecture of Stable Diffusion XL
     "middle_block_1_transformer_blocks_0_attn1_to_v": "mid_block_attentions_0_transformer_blocks_0_attn1_to_v",
     "middle_block_2_emb_layers_1": "mid_block_resnets_1_time_emb_proj",
     "output_blocks_0_1_proj_out": "up_blocks_0_attentions_0_proj_out",
-    "output_blocks_2_1_transformer_blocks_0_attn1_to_out_0": "up_blocks_0_attentions_2_transformer_blocks_0_attn1_to_out_0",
+    "output_blocks_2_1_transformer_blocks_0_attn1_to_v": "up_blocks_0_attentions_2_transformer_blocks_0_attn1_to_v",
     "output_blocks_2_2_conv": "up_blocks_0_upsamplers_0_conv",
     "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
     "output_blocks_6_0_skip_connection": "up_blocks_2_resnets_0_conv_shortcut",
@@ -327,12 +332,13 @@ def test_diffusers_own_converter_agrees(modules_of_sdxl):
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     names = [f"lora_unet_{to_stability(name.replace('.', '_'))}.lora_down.weight" for name in modules_of_sdxl]
-    state = {n: torch.ones(1) for name in names for n in (name, name.replace(".lora_down.", ".lora_up."))}
+    state = {n: torch.tensor(i) for i, name in enumerate(names) for n in (name, name.replace("_down.", "_up."))}
     config = type("Config", (), {"layers_per_block": 2})
     blocks = theirs._maybe_map_sgm_blocks_to_diffusers(state, config)
     found, _ = theirs._convert_non_diffusers_lora_to_diffusers(blocks)
     converted = convert_unet_state_dict_to_peft({n.removeprefix("unet."): t for n, t in found.items()})
-    assert {n.removesuffix(".lora_A.weight") for n in converted if "lora_A" in n} == set(modules_of_sdxl)
+    found = {n.removesuffix(".lora_A.weight"): i.item() for n, i in converted.items() if "lora_A" in n}
+    assert found == {name: i for i, name in enumerate(modules_of_sdxl)}
 
 
 # what is refused
@@ -422,12 +428,15 @@ WORDS = ["lora_unet_", "lora_te1_", "unet.", "base_model.model.", "text_model.",
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=6).map("".join), max_size=4))
-def test_no_name_raises_anything_but_a_source_error(names):
+@given(
+    st.lists(st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=6).map("".join), max_size=4),
+    st.lists(st.sampled_from([0, 1, 2]), max_size=4),
+)
+def test_no_name_and_no_shape_raises_anything_but_a_source_error(names, shape):
     for name in names:
         taken_apart(name)
     try:
-        found = unify(opened({name: torch.ones(2, 2) for name in names}, PAIR))
+        found = unify(opened({name: torch.ones(shape) for name in names}, PAIR))
         to_style(names, dict(found[0][0]))
         metadata_of(names, to_style(names, dict(found[1][0])))
     except SourceError:
