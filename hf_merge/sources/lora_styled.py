@@ -50,7 +50,9 @@ def to_style(names_of_first: Iterable[str], tensors: Mapping[str, Tensor]) -> di
     spellings = _spellings(keys.values(), {key.part for key in found.values()})
     alpha = None
     if style_of(names) is Style.KOHYA or any(key.role == "alpha" for key in keys.values()):
-        alpha = _usual([tensors[name].shape[0] for name, key in found.items() if key.role == "down" and tensors[name].dim()])
+        alpha = _usual(
+            [tensors[name].shape[0] for name, key in found.items() if key.role == "down" and tensors[name].dim()]
+        )
     result: dict[str, Tensor] = {}
     for name, key in found.items():
         spelling, tensor = spellings[key.part], tensors[name]

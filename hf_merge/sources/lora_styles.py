@@ -38,6 +38,9 @@ from hf_merge.types import TensorSpec
 _ALIKE = ("down_blocks_", "mid_block_", "up_blocks_", "encoder_layers_")
 """How modules begin that have the same name in all styles, once numbered blocks are translated."""
 
+_APART = ((("double_blocks_", "single_blocks_"), ("transformer_blocks_", "single_transformer_blocks_")),)
+"""How modules begin in names of one model by its authors, who fuse projections, and by diffusers, which splits them."""
+
 _PAIRS = ({"down", "up"}, {"embedding_down", "embedding_up"})
 
 
@@ -168,20 +171,35 @@ def _check_one_model(files: Sequence[LoraFile]) -> None:
 
 
 def _check_alike(first: LoraFile, second: LoraFile) -> None:
-    """Refuse files of different styles whose names for a part have too little in common to be of one model."""
-    if first.style is second.style:
-        return
+    """Refuse files whose names for a part have too little in common to be of one model, as far as that can be told."""
     for part in dict.fromkeys(part for part, _ in first.modules):
         mine, others = (_of_part(file, part) for file in (first, second))
-        known = all(any(place[1].startswith(_ALIKE) for place in found) for found in (mine, others))
-        if not others or known or 2 * len(mine & others) >= min(len(mine), len(others)):
-            continue
-        one, two = (next(iter(file.modules[min(found)].values())) for file, found in ((first, mine), (second, others)))
-        raise SourceError(
-            f"'{first.source.label}' ({first.style}) and '{second.source.label}' ({second.style}) name the modules of "
-            f"their {part} differently ('{one}', '{two}'), so that the same module cannot be found in both: convert "
-            "one to the other's names, as diffusers does with load_lora_weights and save_lora_weights."
-        )
+        if others and _differ(mine, others, first.style is second.style):
+            raise _told_apart(part, (first, min(mine)), (second, min(others)))
+
+
+def _differ(mine: set[Place], others: set[Place], same_style: bool) -> bool:
+    if any(_begin(one, a) and _begin(two, b) for one, two in ((mine, others), (others, mine)) for a, b in _APART):
+        return True
+    if same_style or (_begin(mine, _ALIKE) and _begin(others, _ALIKE)):
+        return False
+    return 2 * len(mine & others) < min(len(mine), len(others))
+
+
+def _begin(places: set[Place], words: tuple[str, ...]) -> bool:
+    return any(flat.startswith(words) for _, flat in places)
+
+
+def _told_apart(part: str, first: tuple[LoraFile, Place], second: tuple[LoraFile, Place]) -> SourceError:
+    (one, other), (this, that) = (
+        (f"'{file.source.label}' ({file.style})", next(iter(file.modules[place].values())))
+        for file, place in (first, second)
+    )
+    return SourceError(
+        f"{one} and {this} name the modules of their {part} differently ('{other}', '{that}'), so that the same module "
+        "cannot be found in both: convert one to the other's names, as diffusers does with load_lora_weights and "
+        "save_lora_weights."
+    )
 
 
 def _of_part(file: LoraFile, part: str) -> set[Place]:

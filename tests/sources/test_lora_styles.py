@@ -327,6 +327,29 @@ def test_every_module_of_sdxl_has_both_names_and_its_dots(modules_of_sdxl):
     assert len({to_stability(name) for name in flat.values()}) == len(flat)
 
 
+@pytest.mark.parametrize("model", ["Flux", "SD3", "QwenImage", "HunyuanVideo", "Wan", "LTXVideo", "Lumina2", "Sana"])
+def test_words_of_transformers_are_known(model):
+    diffusers = pytest.importorskip("diffusers")
+    name = f"{model}Transformer{'3' if model in ('HunyuanVideo', 'Wan', 'LTXVideo') else '2'}DModel"
+    with torch.device("meta"):
+        built = getattr(diffusers, name)()
+    names = [n for n, m in built.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert {n: dotted(to_diffusers(n.replace(".", "_"))) for n in names} == {n: n for n in names}
+
+
+@pytest.mark.parametrize("kind", ["CLIPTextModelWithProjection", "T5EncoderModel"])
+def test_words_of_text_encoders_are_known(kind):
+    import transformers
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "projection_dim": 4}
+    t5 = {"vocab_size": 8, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    configs = {"CLIP": transformers.CLIPTextConfig(**sizes, **ids), "T5En": transformers.T5Config(**t5)}
+    model = getattr(transformers, kind)(configs[kind[:4]])
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert names and {n: dotted(n.replace(".", "_")) for n in names} == {n: n for n in names}
+
+
 def test_diffusers_own_converter_agrees(modules_of_sdxl):
     from diffusers.loaders import lora_conversion_utils as theirs
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
@@ -374,6 +397,18 @@ REFUSED = {
           "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": B}, FLUX],
         r"'0.safetensors' \(kohya\) and '1.safetensors' \(diffusers\) name the modules of their denoiser differently "
         r"\('lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight', 'transformer.transf.*convert one to the other's",
+    ),
+    "fused and split in one style": (
+        [{f"lora_unet_{name}.lora_{x}.weight": t for x, t in (("down", A), ("up", B))}
+         for name in ("transformer_blocks_0_attn_to_q", "single_blocks_0_linear1")],
+        r"name the modules of their denoiser differently",
+    ),
+    "other names, one in common": (
+        [{f"diffusion_model.{name}.lora_{x}.weight": A for name in ("blocks.0.self_attn.q", "blocks.0.self_attn.k",
+          "blocks.0.self_attn.v", "proj_out") for x in "AB"},
+         {f"transformer.{name}.lora_{x}.weight": A for name in ("blocks.0.attn1.to_q", "blocks.0.attn1.to_k",
+          "blocks.0.attn1.to_v", "proj_out") for x in "AB"}],
+        r"'0.safetensors' \(original\) and '1.safetensors' \(diffusers\) name",
     ),
     "unknown words": (
         [FLUX, {"lora_unet_odd_new_thing.lora_down.weight": A, "lora_unet_odd_new_thing.lora_up.weight": B}],
