@@ -31,6 +31,7 @@ class Source(Mapping[str, Tensor]):
         is_reference: whether it is there to be compared with, and is never merged itself: the base of adapters.
         packed: whether it is an adapter that shows its factors, packed as `ops.factors` says.
         remarks: what whoever merges it should know, in sentences.
+        metadata: what a file of weights says beside them, in words.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Source(Mapping[str, Tensor]):
     is_reference: bool = False
     packed: bool = False
     remarks: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = {}
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:

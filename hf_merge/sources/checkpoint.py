@@ -63,6 +63,7 @@ class Checkpoint(Source):
             specs.update({name: spec for name, (_, spec) in found.items()})
             self._place.update({name: (weights, inner) for name, (inner, _) in found.items()})
             shared.update({prefix + name: prefix + other for name, other in weights.shared.items()})
+            self.metadata = {**self.metadata, **weights.metadata}
         self.specs, self.shared = specs, shared
         self.assumed_equal: list[tuple[str, str]] = []
         self._check_index(own)

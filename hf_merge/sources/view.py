@@ -50,6 +50,7 @@ class View(Source):
         self.label, self.parents = source.label, source.parents
         self.public_id, self.revision = source.public_id, source.revision
         self.folders, self.shared, self.remarks = source.folders, source.shared, source.remarks
+        self.metadata = source.metadata
         self._made = made
         kept = {name: spec for name, spec in source.specs.items() if name not in hidden}
         self.specs = {**kept, **{name: tensor.spec for name, tensor in made.items()}}

@@ -32,9 +32,11 @@ class WeightFile(Protocol):
 
     Attributes:
         shared: names whose values are those of another, stored once: the other.
+        metadata: what it says beside them, in words.
     """
 
     shared: Mapping[str, str]
+    metadata: Mapping[str, str]
 
     def specs(self) -> dict[str, TensorSpec]: ...
 
@@ -69,6 +71,7 @@ class Safetensors:
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise not_whole(path, error) from None
         self.places = places_in(header, str(path))
+        self.metadata: Mapping[str, str] = header.get("__metadata__", {})
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: place.spec for name, place in self.places.items()}
@@ -80,6 +83,8 @@ class Safetensors:
 
 class Pickle:
     """A PyTorch file, mapped where its format allows; only tensors are read from it, never code."""
+
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path):
         self._tensors = {name: t for name, t in _unwrapped(_load_pickle(path)).items() if isinstance(t, Tensor)}
