@@ -24,6 +24,7 @@ from hf_merge.adapters.card import adapter_card, energies
 from hf_merge.adapters.merging import AdapterMerge, adapters_of, join
 from hf_merge.adapters.modules import auto_mapping, task_type
 from hf_merge.adapters.planned import base_of, planned, slots_of
+from hf_merge.adapters.spelled import file_name, spell
 from hf_merge.adapters.writer import AdapterWriter, Kept
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import MergeError, OutputError, ParameterError, PublishError, RecipeError
@@ -50,7 +51,7 @@ from hf_merge.survey import surveyed
 from hf_merge.types import ModelRef, Ref
 from hf_merge.uploads import Uploads
 from hf_merge.vocabulary import align_vocabularies
-from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, partial_folder, refuse_existing
+from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, appear, partial_folder, refuse_existing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,9 +188,10 @@ class MergedAdapter(MergedModel):
         from peft import PeftModel
 
         if self.base is None:
+            where = str(self.path or self.repo_id)
             raise MergeError(
-                f"The base was a model in memory: load the adapter over it with "
-                f"PeftModel.from_pretrained(model, {str(self.path or self.repo_id)!r})."
+                f"Where the base is, is not known: load the adapter over it with PeftModel.from_pretrained(model, "
+                f"{where!r}), or a LoRA file of diffusers with pipe.load_lora_weights({where!r})."
             )
         named = self.plan.config.get("architectures")
         if not named:
@@ -235,11 +237,12 @@ def plan(
     """
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
     loaded, where = Recipe.load(recipe, **changes), (device_map, max_memory)
-    if adapters := adapters_of(loaded, **read):
+    found: dict[ModelRef, Located] = {}
+    if adapters := adapters_of(loaded, found, **read):
         joined = join(loaded, adapters, **read)
         return surveyed(place(joined.plan, *where), joined.sources)
     _refuse_words_of_adapters(loaded)
-    return surveyed(*_prepare(loaded, {}, where, max_shard_size, read))
+    return surveyed(*_prepare(loaded, {}, where, max_shard_size, read, found))
 
 
 @together
@@ -307,7 +310,9 @@ def merge(
     where = (device_map, max_memory)
     wishes = {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok}
     loaded = Recipe.load(recipe, **changes)
-    adapters = adapters_of(loaded, **read)
+    found: dict[ModelRef, Located] = {}
+    with team.node_first() if _is_far(loaded) else nullcontext():
+        adapters = adapters_of(loaded, found, **read)
     if adapters or loaded.output_format == "adapter":
         return _merge_adapter(
             loaded, adapters, output, where, read, resume=resume, overwrite=overwrite, card_template=card_template,
@@ -327,7 +332,7 @@ def merge(
         push_to_hub, partial_folder(target) if away and resume else None, token, wishes,
     )  # fmt: skip
     with team.node_first() if _is_far(loaded) else nullcontext():
-        made, sources = _prepare(loaded, {}, where, sys.maxsize if one_file else max_shard_size, read)
+        made, sources = _prepare(loaded, {}, where, sys.maxsize if one_file else max_shard_size, read, found)
     made.check()
     check_devices(step.device for step in made.steps)
     check_downloads(remote_reads(made, sources))
@@ -397,6 +402,8 @@ def _merge_adapter(
     check_devices(step.device for step in made.plan.steps)
     check_downloads(remote_reads(made.plan, made.sources))
     _refuse_own_input(target, made.sources)
+    if target.suffix == WEIGHTS and not made.spelling:
+        raise OutputError(f"'{target.name}' is a single file, and a PEFT adapter is a folder: name a folder.")
     name = target.name if destination is None else destination.repo_id
     if destination is not None:
         destination = destination.prepare()
@@ -427,7 +434,26 @@ def _over_base(recipe: Recipe, where: tuple[DeviceMap, MaxMemory | None], read: 
 def _write_adapter(
     made: AdapterMerge, target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
 ) -> Sequence[Kept]:
-    """Execute a plan into the folder of an adapter."""
+    """Execute a plan into the folder of an adapter, or into a LoRA file in the style of the first."""
+    if not made.spelling:
+        return _write_peft(made, target, name, overwrite=overwrite, card_template=card_template)
+    work = target.with_name(f".{target.name}.lora")
+    try:
+        kept = _write_peft(made, work, name, overwrite=True, card_template=card_template)
+        file = spell(work, made.spelling, file_name(made.spelling, target))
+        if target.suffix == WEIGHTS:
+            file.replace(target)
+        else:
+            appear(work, target, overwrite=overwrite)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return kept
+
+
+def _write_peft(
+    made: AdapterMerge, target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
+) -> Sequence[Kept]:
+    """Execute a plan into the folder of a PEFT adapter."""
     plan, by_model = made.plan, dict(zip(made.plan.models, made.sources, strict=True))
     writer = AdapterWriter(
         target, plan, made.slots, base_model=made.base_model, revision=made.revision, task_type=made.task_type,
@@ -449,9 +475,12 @@ def _adapter_card(
     made: AdapterMerge, name: str, template: str | Path | None, kept: Sequence[Kept], config: Mapping[str, Any]
 ) -> ModelCard:
     """Render the card; once before anything is computed, as a template that fails should not fail at the end."""
-    notes: dict[str, Any] = {} if made.notes is None else {"notes": made.notes}
+    words: dict[str, Any] = {} if made.notes is None else {"notes": made.notes}
+    if made.spelling:
+        words["data"] = {"library_name": "diffusers", "tags": ["lora", "diffusers", "merge", "hf_merge"]}
+        words["how_to_load"] = f'pipe.load_lora_weights("{name}")  # a diffusers pipeline of the base model'
     try:
-        return adapter_card(made.plan, made.sources, name, kept=kept, config=config, template=template, **notes)
+        return adapter_card(made.plan, made.sources, name, kept=kept, config=config, template=template, **words)
     except Exception as error:  # a template may do anything
         told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise OutputError(f"The card cannot be written from '{template or 'adapter.md'}': {told}.") from error
@@ -481,8 +510,6 @@ def _refuse_for_adapter(target: Path, *, resume: bool) -> None:
         raise OutputError(f"An adapter is written by one process, and {team.world} were started: start one.")
     if resume:
         raise OutputError("An adapter is small and is written at once: leave resume out, and it is made anew.")
-    if target.suffix == WEIGHTS:
-        raise OutputError(f"'{target.name}' is a single file, and an adapter is a folder: name a folder.")
 
 
 def extract_adapter(
@@ -724,9 +751,11 @@ def _prepare(
     where: tuple[DeviceMap, MaxMemory | None],
     max_shard_size: int | str,
     hub: Mapping[str, Any],
+    found_at: dict[ModelRef, Located] | None = None,
 ) -> tuple[Plan, list[Source]]:
     """Recipe -> Sources -> Plan."""
-    loaded, found_at = _with_bases(Recipe.load(recipe, **changes), hub)
+    found_at = {} if found_at is None else found_at
+    loaded = _with_bases(Recipe.load(recipe, **changes), found_at, hub)
     opened: dict[Ref, Source] = {}
     problems: list[Problem] = []
     for stage in loaded.stages:
@@ -745,13 +774,12 @@ def _prepare(
     return place(made, *where), list(sources.values())
 
 
-def _with_bases(recipe: Recipe, hub: Mapping[str, Any]) -> tuple[Recipe, dict[ModelRef, Located]]:
-    """Name the base of every adapter that a recipe names alone; return where the models are, too."""
+def _with_bases(recipe: Recipe, found: dict[ModelRef, Located], hub: Mapping[str, Any]) -> Recipe:
+    """Name the base of every adapter that a recipe names alone; where models are is added to what is found."""
     stages = {str(stage.name) for stage in recipe.stages}
     models = [m for each in (*recipe.stages, recipe) for m in each.references if str(m) not in stages]
-    found: dict[ModelRef, Located] = {}
     names = with_bases(models, found, **hub)
-    return (recipe.renamed(names) if names else recipe), found
+    return recipe.renamed(names) if names else recipe
 
 
 def _open(

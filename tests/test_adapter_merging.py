@@ -386,3 +386,76 @@ def test_prompts_are_refused_by_name(different, tmp_path):
     prompt = edited(different[0], tmp_path / "prompt", lambda config, _: config.update(peft_type="PROMPT_TUNING"))
     with pytest.raises(SourceError, match="PROMPT_TUNING"):
         hf_merge.merge([different[1], prompt], tmp_path / "merged", method="linear")
+
+
+# files of diffusers and kohya
+
+
+MODULES = {
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (8, 8),
+    "up_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj": (12, 8),
+}
+
+
+def lora_file(path, style, *, seed, rank=2, alpha=None):
+    """Write a LoRA of a UNet; return its changes by module."""
+    torch.manual_seed(seed)
+    tensors, changes = {}, {}
+    for module, (out, columns) in MODULES.items():
+        left, right = torch.randn(out, rank), torch.randn(rank, columns)
+        changes[module] = (left @ right * (alpha or rank) / rank).double()
+        if style == "kohya":
+            stem = f"lora_unet_{module.replace('.', '_')}"
+            tensors |= {f"{stem}.lora_up.weight": left, f"{stem}.lora_down.weight": right}
+            tensors[f"{stem}.alpha"] = torch.tensor(float(alpha or rank))
+        else:
+            tensors |= {f"unet.{module}.lora_B.weight": left, f"unet.{module}.lora_A.weight": right}
+    save_file(tensors, path)
+    return changes
+
+
+def changes_of(path, style):
+    tensors, found = load_file(path), {}
+    for module in MODULES:
+        stem = f"lora_unet_{module.replace('.', '_')}" if style == "kohya" else f"unet.{module}"
+        left, right = ("lora_up", "lora_down") if style == "kohya" else ("lora_B", "lora_A")
+        up, down = tensors[f"{stem}.{left}.weight"].double(), tensors[f"{stem}.{right}.weight"].double()
+        found[module] = up @ down * (tensors[f"{stem}.alpha"].item() / down.shape[0] if style == "kohya" else 1)
+    return found
+
+
+@pytest.mark.parametrize("first", ["kohya", "diffusers"])
+def test_lora_files_of_other_styles_merge_into_one_of_the_first_one_s(first, tmp_path):
+    second = "diffusers" if first == "kohya" else "kohya"
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    one = lora_file(files[0], first, seed=1, rank=2, alpha=None if first == "diffusers" else 4)
+    other = lora_file(files[1], second, seed=2, rank=3, alpha=None if second == "diffusers" else 1)
+    blocks = [{"filter": "down_blocks", "value": 0.5}, {"value": 2.0}]
+    models = [{"model": str(files[0]), "parameters": {"weight": blocks}}, {"model": str(files[1])}]
+    recipe = {"merge_method": "cat", "models": models}
+    merged = hf_merge.merge(recipe, tmp_path / "merged.safetensors")
+    found = changes_of(merged.path, first)
+    for module, weight in zip(MODULES, (0.5, 2.0), strict=True):
+        torch.testing.assert_close(found[module], weight * one[module] + other[module], rtol=1e-5, atol=1e-5)
+    folder = hf_merge.merge(recipe, tmp_path / "folder")
+    names = sorted(path.name for path in folder.path.iterdir())
+    file = "folder.safetensors" if first == "kohya" else "pytorch_lora_weights.safetensors"
+    assert names == ["README.md", "hf_merge_recipe.yaml", file]
+    assert (folder.path / file).read_bytes() == merged.path.read_bytes()
+    assert "load_lora_weights" in folder.card.content
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_lora_files_become_a_file_of_a_lower_rank_by_any_method(tmp_path):
+    for seed in (1, 2):
+        lora_file(tmp_path / f"{seed}.safetensors", "kohya", seed=seed, rank=4)
+    files = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    merged = hf_merge.merge(files, tmp_path / "merged.safetensors", method="ties", density=0.5, rank=3)
+    downs = [t for name, t in load_file(merged.path).items() if "down" in name.split(".")[1]]
+    assert [len(down) for down in downs] == [3, 3]
+    assert min(merged.kept.values()) < 1
+
+
+def test_a_peft_adapter_is_no_single_file(different, tmp_path):
+    with pytest.raises(MergeError, match="a PEFT adapter is a folder"):
+        hf_merge.merge(different, tmp_path / "merged.safetensors", method="linear")

@@ -56,8 +56,8 @@ def adapter_card(
     }
     return merged_card(
         plan, sources, name, template=template or template_folder() / "adapter.md",
-        how_to_load=how_to_load(plan, base, name, config), data=front,
-        **{"adapter": facts(plan, kept, config, base), "notes": _notes(plan, base), **values},
+        data=front,
+        **{"how_to_load": how_to_load(plan, base, name, config), "adapter": facts(plan, kept, config, base), "notes": _notes(plan, base), **values},
     )  # fmt: skip
 
 
@@ -117,10 +117,15 @@ def _rows(factors: Sequence[Kept]) -> list[dict[str, str]]:
             "modules": f"`{name}`", "count": str(len(group)), "ranks": _ranks(one.finished.rank for one in group),
             "kept": _share(group), "worst": _percent(min((one.finished.kept for one in group if one.finished.kept
                                                           is not None), default=None)),
-            "error": f"{max((one.finished.error or 0.0) for one in group):.2g}",
+            "error": _largest_error(group),
         }
         for name, group in groups.items()
     ]  # fmt: skip
+
+
+def _largest_error(group: Sequence[Kept]) -> str:
+    known = [one.finished.error for one in group if one.finished.error is not None]
+    return f"{max(known):.2g}" if known else "-"
 
 
 def _share(group: Sequence[Kept]) -> str:

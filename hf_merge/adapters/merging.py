@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_merge.adapters.parts import PREFIX, Finished, Part, Slot, stored, stored_bias
+from hf_merge.adapters.spelled import LORA_FILE
 from hf_merge.errors import RecipeError, SourceError
 from hf_merge.method import get_method
 from hf_merge.ops.factors import unpacked
@@ -25,9 +26,14 @@ from hf_merge.planning import Plan, Problem, format_bytes
 from hf_merge.recipe import Recipe
 from hf_merge.schema import Rule
 from hf_merge.sources import Located, Source, has_weights, is_adapter, locate
-from hf_merge.sources.adapter import open_adapter
+from hf_merge.sources.adapter import CONFIG, WEIGHTS, open_adapter
+from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.core import SPACES, AdapterSource, Apart, Change, Core, Full, Space, Unchanged, Units, carried
+from hf_merge.sources.folder import read_object
 from hf_merge.sources.lora import Lora, read_lora
+from hf_merge.sources.lora_names import Style, style_of
+from hf_merge.sources.lora_styles import unify
+from hf_merge.sources.view import View
 from hf_merge.types import ModelRef, Ref
 
 SUM = "sum"
@@ -48,6 +54,7 @@ class AdapterMerge:
         dtype: of what is written; each slot's own if not given.
         extra_config: further fields of adapter_config.json.
         notes: for the card: how the factors came about.
+        spelling: names of the first input, if that is a LoRA file of another style than PEFT's.
     """
 
     plan: Plan
@@ -59,13 +66,15 @@ class AdapterMerge:
     dtype: torch.dtype | None = None
     extra_config: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] | None = None
+    spelling: Sequence[str] = ()
 
 
-def adapters_of(recipe: Recipe, **hub: Any) -> dict[Ref, Lora]:
+def adapters_of(recipe: Recipe, found: dict[ModelRef, Located], **hub: Any) -> dict[Ref, Lora]:
     """Open a recipe's models if an adapter is to be made of them alone: all are adapters without their base.
 
     Args:
         recipe: with output_format: adapter its base_model may also name the model that the adapters belong to.
+        found: where models are; those that are looked for are added.
         **hub: token, cache_dir, local_files_only, stream.
 
     Raises:
@@ -75,14 +84,38 @@ def adapters_of(recipe: Recipe, **hub: Any) -> dict[Ref, Lora]:
     if recipe.output_format == "model" or recipe.stages or len(models) < len(recipe.references):
         return {}
     named = recipe.output_format == "adapter" and recipe.base_model not in recipe.merged
-    found = locate([model for model in models if not named or model != recipe.base_model], **hub)
+    found |= locate([model for model in models if not named or model != recipe.base_model], **hub)
     if named and recipe.base_model is not None:
         with suppress(SourceError):
             found |= locate([recipe.base_model], **hub)
-    alone = [model for model in models if model in found and is_adapter(found[model]) and not has_weights(found[model])]
+    weights = {model: _weights_of(found[model]) for model in models if model in found}
+    alone = [model for model, file in weights.items() if file]
     if not set(recipe.merged) <= set(alone) or not (named or len(alone) == len(models)):
         return {}
-    return {model: read_lora(*open_adapter(found[model].folder, str(model), **found[model].origin)) for model in alone}
+    opened = [_opened(model, found[model], weights[model]) for model in alone]
+    if any(config is None for _, config in opened):
+        opened = unify([source for source, _ in opened], [config for _, config in opened])
+    return {model: read_lora(source, config or {}) for model, (source, config) in zip(alone, opened, strict=True)}
+
+
+def _weights_of(located: Located) -> str:
+    """Return the file of an adapter that lies alone, or of a LoRA without a config; nothing for what is a model."""
+    folder, file, _ = located
+    if is_adapter(located):
+        return "" if has_weights(located) else next((name for name in WEIGHTS if name in folder), WEIGHTS[0])
+    if not file and LORA_FILE in folder:
+        return LORA_FILE
+    is_lora = file.endswith(".safetensors") and style_of(Checkpoint(folder, file, file=file).specs) is not None
+    return file if is_lora else ""
+
+
+def _opened(model: ModelRef, located: Located, file: str) -> tuple[Source, Mapping[str, Any] | None]:
+    """Open an adapter; one that is a file alone has no config, unless it lies where PEFT puts it."""
+    folder, asked, origin = located
+    if not asked and is_adapter(located):
+        return open_adapter(folder, str(model), **origin)
+    config = read_object(folder.paths([CONFIG])[0]) if CONFIG in folder and file in WEIGHTS else None
+    return Checkpoint(folder, str(model), file=file, **origin), config
 
 
 def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMerge:
@@ -105,7 +138,7 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
     labels = zip(adapters, range(len(loras)), strict=True)
     sources: dict[Ref, Source] = {ref: AdapterSource(space, i, str(ref)) for ref, i in labels}
     named = ModelRef(path=base or "unknown base model")
-    unchanged = Unchanged(space, named.path, _folder(named, hub) if base else None)
+    unchanged = _unchanged(space, named, hub)
     planned = _planned(recipe, named, loras)
     if planned.base_model == named:
         sources[named] = unchanged
@@ -126,7 +159,14 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
         dtype=_dtype(recipe, loras),
         extra_config=dict(_extra(loras)),
         notes=_notes(recipe, space),
+        spelling=_spelling(loras[0].source),
     )
+
+
+def _spelling(first: Source) -> Sequence[str]:
+    """Return the names in a LoRA file, as they are stored; none for a PEFT adapter."""
+    stored = first.source if isinstance(first, View) else first
+    return () if style_of(stored.specs) is Style.PEFT else [*stored.specs]
 
 
 _USELESS = ("slices", "remap", "tokenizer", "tokenizer_source", "chat_template", "targets", "keep_rest")
@@ -209,11 +249,13 @@ def _base(recipe: Recipe, adapters: Mapping[Ref, Lora]) -> tuple[str | None, lis
     return str(own) if own else next(iter(named), None), [Problem("warning", told)] if others else []
 
 
-def _folder(base: ModelRef, hub: Mapping[str, Any]) -> Located | None:
-    """Find the folder of the base; nobody needs it but for what the card says."""
+def _unchanged(space: Space, base: ModelRef, hub: Mapping[str, Any]) -> Unchanged:
+    """Stand for the base; nobody needs its files but for what the card says."""
     with suppress(SourceError):
-        return locate([base], **hub)[base]
-    return None
+        folder, _, origin = locate([base], **hub)[base]
+        return Unchanged(space, base.path, folder, **origin)
+    is_id = base.path.count("/") == 1 and not base.path.startswith((".", "~", "/"))
+    return Unchanged(space, base.path, None, public_id=base.path) if is_id else Unchanged(space, base.path)
 
 
 def _planned(recipe: Recipe, base: ModelRef, loras: Sequence[Lora]) -> Recipe:
@@ -347,8 +389,9 @@ def _part(change: Change, loras: Sequence[Lora], places: dict[str, int]) -> Part
         shape = shape[::-1]
     owner = change.module.rpartition(".")[0]
     places[owner] = places.get(owner, -1) + 1
-    place, biased = places[owner] if change.experts else 0, any(own and own.bias for own in change.own)
-    return Part(change.module, change.kind, shape, turned, place, biased)  # type: ignore[arg-type]
+    kind: Any = change.kind
+    biased = any(own and own.bias for own in change.own)
+    return Part(change.module, kind, shape, turned, places[owner] if change.experts else 0, biased)
 
 
 def _carried_slots(loras: Sequence[Lora]) -> Iterator[tuple[str, Slot]]:

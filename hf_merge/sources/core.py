@@ -292,20 +292,19 @@ class Unchanged(Source):
     Args:
         space: how changes are shown.
         label: how messages call it.
-        located: its folder, file and origin, where config.json and card are.
+        folder: where its config.json and its card are, if they can be had.
+        **origin: `public_id` and `revision`, if it is on the Hub.
     """
 
     is_reference = True
 
-    def __init__(self, space: Space, label: str, located: tuple[Folder, str, Mapping[str, str]] | None = None):
+    def __init__(self, space: Space, label: str, folder: Folder | None = None, **origin: str):
         self.label = label
         self.specs = {name: spec for i in range(len(space.loras)) for name, (spec, _, _) in _shown(space, i)}
-        if located is None:
-            return
-        folder, _, origin = located
-        self.public_id, self.revision, self.gated = origin.get("public_id"), origin.get("revision"), folder.gated
-        self.card_data = read_card(folder.path, self.public_id)
-        self.config = read_object(folder.paths([CONFIG])[0]) if CONFIG in folder else {}
+        self.public_id, self.revision = origin.get("public_id"), origin.get("revision")
+        if folder is not None:
+            self.gated, self.card_data = folder.gated, read_card(folder.path, self.public_id)
+            self.config = read_object(folder.paths([CONFIG])[0]) if CONFIG in folder else {}
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.zeros(self.specs[name].shape, dtype=self.specs[name].dtype)
