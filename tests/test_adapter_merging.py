@@ -440,7 +440,7 @@ def test_lora_files_of_other_styles_merge_into_one_of_the_first_one_s(first, tmp
     folder = hf_merge.merge(recipe, tmp_path / "folder")
     names = sorted(path.name for path in folder.path.iterdir())
     file = "folder.safetensors" if first == "kohya" else "pytorch_lora_weights.safetensors"
-    assert names == ["README.md", "hf_merge_recipe.yaml", file]
+    assert names == sorted(["README.md", "hf_merge_recipe.yaml", file])
     assert (folder.path / file).read_bytes() == merged.path.read_bytes()
     assert "load_lora_weights" in folder.card.content
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
