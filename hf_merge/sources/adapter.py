@@ -286,7 +286,7 @@ class _Fitting:
             self._found.setdefault(found[0].name, []).append(AddVector(self.adapter, one.bias, one.scale))
 
     def _add_at(self, one: Factored, place: Place) -> None:
-        shape = place.shape or ()
+        shape: tuple[int, ...] = place.shape or ()
         experts = shape[0] if one.kind == "experts" and len(shape) == 3 else 1
         turned = self._is_turned(one, place, shape, experts)
         if turned is None:
@@ -296,9 +296,10 @@ class _Fitting:
         steps.append(Add(self.adapter, one, place, turned, experts, stacked))
         if one.magnitude:
             size, columns = math.prod(self.adapter.specs[one.magnitude].shape), place.inside[2]
-            narrow = columns != slice(None) and (columns.start or 0, columns.stop) != (0, shape[-1])
+            height, width = (*shape[:1], *shape[-1:])
+            narrow = columns != slice(None) and (columns.start or 0, columns.stop) != (0, width)
             cut = place.at != ALL or place.swapped or narrow
-            if cut or (turned and place.inside != ALL) or size != (shape[-1] if turned else shape[0]):
+            if cut or (turned and place.inside != ALL) or size != (width if turned else height):
                 raise self._unfit(one, place, one.magnitude)
             steps.append(Rescale(self.adapter, one.magnitude, place, turned))
 
