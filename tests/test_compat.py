@@ -337,7 +337,7 @@ def test_peft_still_merges_one_module_of_a_model_without_values(rest):
     assert torch.equal(merged[f"{name}.weight"], torch.full((32, 32), 16.0))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_live_adapters_are_still_told_from_their_base():
     from peft import LoraConfig, get_peft_model
 
