@@ -70,7 +70,7 @@ class WithAdapter(View):
     def __init__(self, base: Source, *adapters: Adapter, in_memory: bool = False):
         self.adapters, self._in_memory = adapters, in_memory
         found = [(_steps_of(base, adapter), adapter.weight) for adapter in adapters]
-        tied, apart, self._apart = _untied(base, [steps for steps, _ in found])
+        tied, apart, separate = _untied(base, [steps for steps, _ in found])
         names = list(dict.fromkeys(name for steps, _ in found for name in steps))
         made: dict[str, Made] = {}
         for name in [*names, *apart]:
@@ -78,6 +78,8 @@ class WithAdapter(View):
             changes = [Change(steps[name], weight) for steps, weight in found if name in steps]
             made[name] = _made(base, name, origin, changes)
         super().__init__(base, made)
+        self._apart = bool(separate and base.config)
+        self.shared = {name: other for name, other in base.shared.items() if name not in separate}
         self.label = base.label if in_memory else "+".join([base.label, *(_told(one) for one in adapters)])
         self.public_id = self.revision = None
         self.remarks = (*base.remarks, *(text for one in adapters if (text := _other_base(base, one))))
@@ -132,8 +134,6 @@ def _made(base: Source, name: str, origin: str, changes: Sequence[Change]) -> Ma
     steps = [step for change in changes for step in change.steps]
     borrowed = tuple({(id(step.source), key): (step.source, key) for step in steps for key in step.keys}.values())
     reads = tuple(dict.fromkeys([origin, *(n for step in steps if isinstance(step, Give) for n in step.reads)]))
-    if changes and len(changes) == 1 and changes[0].weight == 1 and isinstance(changes[0].steps[0], Put):
-        reads = () if changes[0].steps[0].place.inside == ALL else reads
     elsewhere = sum(source.specs[key].nbytes for source, key in borrowed)
     stacked = any(isinstance(step, Add) and step.stacked for step in steps)
     read = partial(_read, base, origin, tuple(changes), stacked=stacked)
@@ -349,13 +349,13 @@ def _tied(base: Source) -> dict[str, str]:
     return {**found, **base.shared}
 
 
-def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str], bool]:
+def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str], list[str]]:
     """Decide for tied names whether the adapters leave them tied.
 
     Where they do, the steps of the one are those of the other. Returns all tied names with the tensor whose values
-    they have in the base, those that the base's files lack and that are shown all the same, and whether any is apart.
+    they have in the base, those that the base's files lack and that are shown all the same, and all that are apart.
     """
-    tied, apart, is_apart = _tied(base), [], False
+    tied, apart, separate = _tied(base), [], []
     for alias, origin in tied.items():
         if all(_stay_tied(steps, alias, origin) for steps in found):
             for steps in found:
@@ -363,9 +363,9 @@ def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str
                 if alias in base.specs and origin in steps:
                     steps[alias] = steps[origin]
         else:
-            is_apart = True
+            separate.append(alias)
             apart += [alias] if alias not in base.specs else []
-    return tied, apart, is_apart
+    return tied, apart, separate
 
 
 def _stay_tied(steps: _Steps, alias: str, origin: str) -> bool:
