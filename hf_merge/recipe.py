@@ -6,7 +6,7 @@ models:
   - model: org/a
     parameters: {weight: 1.0, density: 0.5}       # one value, a gradient over layers, or filters
   - model: org/b@revision
-  - model: org/base+org/lora                      # a PEFT adapter, added to its base
+  - model: org/base+org/lora                      # a PEFT adapter, added to its base; org/lora alone finds it
 parameters: {normalize: true}
 dtype: bfloat16
 seed: 0                                           # ours: random methods draw from it

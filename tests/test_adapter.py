@@ -240,7 +240,10 @@ BREAKS = {
         r"has the shape \[41, 16\], and the base's tensor \[40, 16\]",
     ),
     "half a pair": (lambda t: t.pop(Q), "not a pair of factors"),
-    "dora": (lambda t: t.update({f"{STEM}.lora_magnitude_vector": torch.ones(16)}), "does not say use_dora, and has lora_magnitude_vector of"),
+    "dora": (
+        lambda t: t.update({f"{STEM}.lora_magnitude_vector": torch.ones(16)}),
+        "does not say use_dora, and has lora_magnitude_vector of",
+    ),
     "no prefix": (lambda t: t.update({"lm_head.weight": torch.ones(40, 16)}), "'lm_head.weight' of .* is no tensor of"),
     "other width": (lambda t: t.update({Q: torch.ones(3, 17)}), r"\[16, 3\] and .* \[3, 17\] .* do not fit"),
     "other rank": (lambda t: t.update({Q: torch.ones(4, 16)}), "do not fit"),
@@ -266,7 +269,10 @@ CONFIGS = [
     ({"peft_type": "PREFIX_TUNING"}, "of type PREFIX_TUNING, which cannot be merged: it adds tokens or states"),
     ({"peft_type": "XLORA"}, "of type XLORA, which cannot be merged: it mixes its adapters anew"),
     ({"use_dora": True}, r"says use_dora, and has no lora_magnitude_vector of 'model\.layers\.0"),
-    ({"use_qalora": True, "layer_replication": [[0, 1]]}, "uses use_qalora, and cannot be merged: QALoRA is a part of a GPTQ"),
+    (
+        {"use_qalora": True, "layer_replication": [[0, 1]]},
+        "uses use_qalora, and cannot be merged: QALoRA is a part of a GPTQ",
+    ),
     ({"r": 4}, "have rank 3, and its config says 4"),
     ({"something_new": {"x": 1}}, "something_new"),
     ({"init_lora_weights": "pissa"}, "made by 'pissa', which changes the base too"),

@@ -296,3 +296,59 @@ def test_the_default_group_still_has_a_store(tmp_path):
         assert store.add("count", 1) == 1
     finally:
         dist.destroy_process_group()
+
+
+def test_parts_of_fused_parameters_are_still_views_of_them():
+    parts = _compat.parts_on_disk(
+        json.loads(MixtralForCausalLM(small_mixtral()).config.to_json_string()) | ARCHITECTURE
+    )
+    live, view = parts["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
+    assert live == "model.layers.0.mlp.experts.gate_up_proj"
+    assert view.shape == (16, 16) and view.stride() == (16, 1) and view.storage_offset() == (2 * 16 + 16) * 16
+    assert parts["model.norm.weight"][0] == "model.norm.weight"
+
+
+ARCHITECTURE = {"architectures": ["MixtralForCausalLM"]}
+
+
+def test_experts_still_say_whether_they_are_transposed():
+    from transformers import GptOssConfig
+
+    words = json.loads(GptOssConfig(num_hidden_layers=1).to_json_string()) | {"architectures": ["GptOssForCausalLM"]}
+    assert _compat.is_transposed(words, "model.layers.0.mlp.experts")
+    config = json.loads(small_mixtral().to_json_string()) | ARCHITECTURE
+    assert not _compat.is_transposed(config, "model.layers.0.mlp.experts")
+    assert not _compat.is_transposed(config, "absent")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("rest", ["meta", "cpu"])
+def test_peft_still_merges_one_module_of_a_model_without_values(rest):
+    config = json.loads(small_config().to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
+    adapter = {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"]}
+    name, state = "model.layers.0.self_attn.q_proj", torch.get_rng_state()
+    model = _compat.peft_model(config, adapter, {f"{name}.weight": torch.zeros(32, 32)}, rest=rest)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert _compat.peft_targets(model)[0] == name and len(_compat.peft_targets(model)) == 6
+    expected = _compat.peft_tensors(model)
+    assert not any("norm" in key for key in expected)
+    tensors = {key: torch.ones(t.shape) for key, t in expected.items() if name in key}
+    merged = _compat.peft_merge(model, tensors, [name])
+    assert torch.equal(merged[f"{name}.weight"], torch.full((32, 32), 16.0))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_live_adapters_are_still_told_from_their_base():
+    from peft import LoraConfig, get_peft_model
+
+    model = LlamaForCausalLM(small_config())
+    names = set(model.state_dict())
+    assert _compat.peft_live(model) == {}
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    ((config, tensors),) = _compat.peft_live(model).values()
+    assert config["peft_type"] == "LORA" and config["target_modules"] == ["q_proj"]
+    assert "base_model.model.model.norm.weight" in tensors and len(tensors) == 13
+    assert set(_compat.peft_base(model)[1]) == names
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="has merged"):
+        _compat.peft_live(model)

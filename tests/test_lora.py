@@ -204,6 +204,33 @@ def test_experts_one_by_one_on_disk_get_their_part_of_a_fused_change(tmp_path):
     assert agrees(source, adapted.merge_and_unload(), tmp_path) == 16
 
 
+@pytest.mark.parametrize("names", ["language_model.model", "model.language_model"])
+@pytest.mark.parametrize("original", [True, False])
+def test_names_of_an_earlier_transformers(names, original, tmp_path):
+    import transformers
+    from peft import PeftModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    text = transformers.LlamaConfig(**sizes, vocab_size=40, num_key_value_heads=1)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+    model.save_pretrained(tmp_path / "base", save_original_format=original)
+    (tmp_path / "adapter").mkdir()
+    stem = f"base_model.model.{names}.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.randn(3, 16), f"{stem}.lora_B.weight": torch.randn(16, 3)}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    source = opened(tmp_path)
+    merged = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged", save_original_format=original)
+    expected = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert all((source[name] - expected[name]).abs().max() <= 2e-6 for name in expected)
+    assert sum(not torch.equal(source[name], base[name]) for name in source) == 1
+
+
 def test_some_layers_only(tmp_path):
     adapted = adapt(llama(), tmp_path, target_modules=["q_proj", "k_proj"], layers_to_transform=[1])
     assert agrees(opened(tmp_path), adapted.merge_and_unload(), tmp_path) == 2

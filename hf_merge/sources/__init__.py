@@ -108,8 +108,8 @@ def with_bases(models: Iterable[Ref], found: dict[ModelRef, Located], **hub: Any
         SourceError: the base is not named, or cannot be found.
     """
     asked = list(models)
-    found |= locate([model for model in asked if not isinstance(model, ModelRef) or not {*model.parts} <= found.keys()],
-                    **hub)  # fmt: skip
+    parts = [part for model in asked if isinstance(model, ModelRef) for part in model.parts]
+    found |= locate([part for part in parts if part not in found], **hub)
     bare = [m for m in asked if isinstance(m, ModelRef) and not m.lora and is_adapter(found[m])]
     names: dict[Ref, ModelRef] = {model: _base_of(model, found, asked).with_lora(model) for model in bare}
     for model, whole in names.items():

@@ -70,7 +70,7 @@ class WithAdapter(View):
     def __init__(self, base: Source, *adapters: Adapter, in_memory: bool = False):
         self.adapters, self._in_memory = adapters, in_memory
         found = [(_steps_of(base, adapter), adapter.weight) for adapter in adapters]
-        tied, apart, self._apart = _untied(base, [steps for steps, _ in found])
+        tied, apart, separate = _untied(base, [steps for steps, _ in found])
         names = list(dict.fromkeys(name for steps, _ in found for name in steps))
         made: dict[str, Made] = {}
         for name in [*names, *apart]:
@@ -78,6 +78,8 @@ class WithAdapter(View):
             changes = [Change(steps[name], weight) for steps, weight in found if name in steps]
             made[name] = _made(base, name, origin, changes)
         super().__init__(base, made)
+        self._apart = bool(separate and base.config)
+        self.shared = {name: other for name, other in base.shared.items() if name not in separate}
         self.label = base.label if in_memory else "+".join([base.label, *(_told(one) for one in adapters)])
         self.public_id = self.revision = None
         self.remarks = (*base.remarks, *(text for one in adapters if (text := _other_base(base, one))))
@@ -132,8 +134,6 @@ def _made(base: Source, name: str, origin: str, changes: Sequence[Change]) -> Ma
     steps = [step for change in changes for step in change.steps]
     borrowed = tuple({(id(step.source), key): (step.source, key) for step in steps for key in step.keys}.values())
     reads = tuple(dict.fromkeys([origin, *(n for step in steps if isinstance(step, Give) for n in step.reads)]))
-    if changes and len(changes) == 1 and changes[0].weight == 1 and isinstance(changes[0].steps[0], Put):
-        reads = () if changes[0].steps[0].place.inside == ALL else reads
     elsewhere = sum(source.specs[key].nbytes for source, key in borrowed)
     stacked = any(isinstance(step, Add) and step.stacked for step in steps)
     read = partial(_read, base, origin, tuple(changes), stacked=stacked)
@@ -286,7 +286,7 @@ class _Fitting:
             self._found.setdefault(found[0].name, []).append(AddVector(self.adapter, one.bias, one.scale))
 
     def _add_at(self, one: Factored, place: Place) -> None:
-        shape = place.shape or ()
+        shape: tuple[int, ...] = place.shape or ()
         experts = shape[0] if one.kind == "experts" and len(shape) == 3 else 1
         turned = self._is_turned(one, place, shape, experts)
         if turned is None:
@@ -296,9 +296,10 @@ class _Fitting:
         steps.append(Add(self.adapter, one, place, turned, experts, stacked))
         if one.magnitude:
             size, columns = math.prod(self.adapter.specs[one.magnitude].shape), place.inside[2]
-            narrow = columns != slice(None) and (columns.start or 0, columns.stop) != (0, shape[-1])
+            height, width = (*shape[:1], *shape[-1:])
+            narrow = columns != slice(None) and (columns.start or 0, columns.stop) != (0, width)
             cut = place.at != ALL or place.swapped or narrow
-            if cut or (turned and place.inside != ALL) or size != (shape[-1] if turned else shape[0]):
+            if cut or (turned and place.inside != ALL) or size != (width if turned else height):
                 raise self._unfit(one, place, one.magnitude)
             steps.append(Rescale(self.adapter, one.magnitude, place, turned))
 
@@ -348,13 +349,13 @@ def _tied(base: Source) -> dict[str, str]:
     return {**found, **base.shared}
 
 
-def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str], bool]:
+def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str], list[str]]:
     """Decide for tied names whether the adapters leave them tied.
 
     Where they do, the steps of the one are those of the other. Returns all tied names with the tensor whose values
-    they have in the base, those that the base's files lack and that are shown all the same, and whether any is apart.
+    they have in the base, those that the base's files lack and that are shown all the same, and all that are apart.
     """
-    tied, apart, is_apart = _tied(base), [], False
+    tied, apart, separate = _tied(base), [], []
     for alias, origin in tied.items():
         if all(_stay_tied(steps, alias, origin) for steps in found):
             for steps in found:
@@ -362,9 +363,9 @@ def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str
                 if alias in base.specs and origin in steps:
                     steps[alias] = steps[origin]
         else:
-            is_apart = True
+            separate.append(alias)
             apart += [alias] if alias not in base.specs else []
-    return tied, apart, is_apart
+    return tied, apart, separate
 
 
 def _stay_tied(steps: _Steps, alias: str, origin: str) -> bool:

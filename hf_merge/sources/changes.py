@@ -261,8 +261,10 @@ def _add(left: Tensor, right: Tensor, scale: float, at: Box, rows: Tensor, exper
     begin, end = max(start, top), min(start + len(rows), top + left.shape[1])
     if begin >= end:
         return rows
-    rows = rows.clone()
     one = expert - first
+    if end - begin == len(rows) and right.shape[2] == rows.shape[1]:
+        return torch.add(rows, left[one, begin - top : end - top] @ right[one], alpha=scale)
+    rows = rows.clone()
     rows[begin - start : end - start, at[2]] += scale * (left[one, begin - top : end - top] @ right[one])
     return rows
 

@@ -200,7 +200,8 @@ def _factored(module: str, kind: str, parts: _Parts, config: Mapping[str, Any], 
     if pair is None or set(parts) - {*pair, "lora_B.bias", "lora_magnitude_vector"}:
         raise SourceError(f"'{adapter.label}' has {', '.join(parts.values())}, not a pair of factors: {FIX}.")
     left, right = parts[pair[0]], parts[pair[1]]
-    out, into = adapter.specs[left].shape, adapter.specs[right].shape
+    out: tuple[int, ...] = adapter.specs[left].shape
+    into: tuple[int, ...] = adapter.specs[right].shape
     if min(len(out), len(into)) < 2 or 0 in (*out, *into) or math.prod(out[1:]) != into[0]:
         grouped = len(into) > 2 and len(out) > 2 and out[1] and into[0] % out[1] == 0
         why = "a grouped convolution, whose change no weight of its shape can hold" if grouped else "save it again"
@@ -211,7 +212,7 @@ def _factored(module: str, kind: str, parts: _Parts, config: Mapping[str, Any], 
         said = "says use_dora" if config.get("use_dora") else "does not say use_dora"
         found = "and has" if "lora_magnitude_vector" in parts else "and has no"
         raise SourceError(f"'{adapter.label}' {said}, {found} lora_magnitude_vector of '{module}': save it again.")
-    rank = _rank(module, kind, into[0], config, adapter.label)
+    rank = _rank(module, kind, math.prod(out[1:]), config, adapter.label)
     alpha = _matching(config, "alpha_pattern", module, adapter.label, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Factored(

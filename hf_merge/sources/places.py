@@ -49,8 +49,8 @@ class Places:
     """
 
     def __init__(self, base: Source, names: Iterable[str]):
-        self.base = base
-        self._prefixed = _prefixing([*names], base.specs)
+        self.base, self._names = base, [*names]
+        self._prefixed = _prefixing(self._names, base.specs)
 
     def find(self, name: str) -> list[Place]:
         """Return the places of a parameter; none if the base lacks it or a part of it."""
@@ -96,22 +96,11 @@ class Places:
         tables = self._tables
         return {} if tables is None else {name: tensor.shape for name, tensor in tables.shapes.items()}
 
-    @property
-    def _renamed(self) -> _Renamed:
-        return _Renamed(self._tables)
-
-
-class _Renamed:
-    """Names of earlier releases of transformers, and of files, as modules in memory are called now."""
-
-    def __init__(self, tables: _compat.Conversion | None):
-        self._tables = tables
-
-    def get(self, name: str, default: str) -> str:
-        if self._tables is None:
-            return default
-        found = self._tables.places([name]).get(name)
-        return default if found is None or found.pattern is not None else found.live[0]
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Names of earlier releases of transformers, and of files, as modules in memory are called now."""
+        found = {} if self._tables is None else self._tables.places(self._names)
+        return {name: place.live[0] for name, place in found.items() if place.pattern is None}
 
 
 def _box(view: Tensor, shape: tuple[int, ...]) -> tuple[Box, bool] | None:

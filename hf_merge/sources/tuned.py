@@ -143,7 +143,10 @@ class Tuned:
         return {name: key for name, key in others.items() if name in self._tables.shapes or not name.startswith(layers)}
 
     def _grouped(self) -> list[list[str]]:
-        """Put modules together that are merged at a time: of one layer, as far as memory allows."""
+        """Put modules together that are merged at a time: of one layer, as far as memory allows.
+
+        FRoD computes its bases from the modules of one name in all layers, so that these go together.
+        """
         groups: dict[str, list[list[str]]] = {}
         for module in self.targets:
             stack, layer, rest = layer_of(f"{module}.")
