@@ -371,11 +371,13 @@ def _merge_adapter(
     check_downloads(remote_reads(made, sources))
     _refuse_own_input(target, sources)
     name = target.name if destination is None else destination.repo_id
+    card = _adapter_card(made, sources, name, card_template, [], {})
     if destination is not None:
-        destination = destination.prepare()
+        destination.check_card(str(card))
     try:
         kept = _write_adapter(made, sources, target, name, overwrite=overwrite or away, card_template=card_template)
-        info = None if destination is None else _push(target, destination)
+        push = hub.push_folder if away else _push  # which says that the folder is whole
+        info = None if destination is None else push(target, destination)
     finally:
         if away:
             shutil.rmtree(target, ignore_errors=True)
@@ -407,7 +409,6 @@ def _write_adapter(
         metadata={RECIPE_KEY: shown}, overwrite=overwrite, extra_config=extra, vllm=made.recipe.vllm,
     )  # fmt: skip
     with writer:
-        _adapter_card(made, sources, name, card_template, [], {})
         _run(made, sources, writer, Team())
         kept = writer.assemble()
         (writer.folder / RECIPE_FILE).write_text(pinned_recipe(made.recipe, by_model).to_yaml(), encoding="utf-8")
