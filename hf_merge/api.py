@@ -257,6 +257,9 @@ def merge(
         hf_merge.merge("recipe.yaml", "merged")
         hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=[0.5, 0.3])
         hf_merge.merge("recipe.yaml", push_to_hub="me/merged")
+        hf_merge.merge("recipe.yaml", "adapter", output_format="adapter", rank=32)
+
+    With `output_format="adapter"` what the merge changes in its base is written as a PEFT adapter; see docs/recipes.md.
 
     Without `output`, files of weights are uploaded and deleted while the next are merged: at most two lie on the disk,
     in a hidden folder of the current one.
@@ -283,6 +286,9 @@ def merge(
         card_template: a Jinja template for the model card instead of the built-in one.
         **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, `seed=`, ...) or parameters of the
             method; a list for a per-model parameter has one value for each model.
+
+    Returns:
+        Where it is and how it was made; for an adapter a `MergedAdapter`.
 
     Raises:
         RecipeError, SourceError, PlanError: before anything is written.
