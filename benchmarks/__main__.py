@@ -21,6 +21,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.checkpoints import SIZES, Shapes, checkpoints, llama_config, llama_shapes, moe_shapes, tiny_shapes
+from benchmarks.extraction import COLUMNS as EXTRACTION_COLUMNS
+from benchmarks.extraction import extraction_rows
 from benchmarks.loading import COLUMNS as LOADING_COLUMNS
 from benchmarks.loading import loading_rows
 from benchmarks.processes import Run, run_command, run_floor, run_python
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     tables += [table(PROCESS_COLUMNS, shared)] if shared else []
     tables += [table(ROW_COLUMNS, [row_cells(options.rows, options.runs)])] if options.rows else []
     tables += [table(LOADING_COLUMNS, loading_rows(options.large, options.runs))] if options.on_load else []
+    if options.rank:
+        tables.append(table(EXTRACTION_COLUMNS, extraction_rows(options.large, options.rank, options.runs)))
     text = "\n\n".join(tables)
     print(text)
     if options.json:
@@ -97,6 +101,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=128, help="in each of these layers")
     parser.add_argument("--rows", type=int, default=151_000, help="of an embedding in another vocabulary; 0: none")
     parser.add_argument("--on-load", action=argparse.BooleanOptionalAction, default=True, help="merges into a model")
+    parser.add_argument("--rank", type=int, default=32, help="of an adapter that is extracted; 0: none")
     parser.add_argument("--processes", type=int, default=2, help="that share a merge by ties; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),

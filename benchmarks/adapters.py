@@ -2,9 +2,9 @@
 
     python -m benchmarks.adapters --size 1.1B --runs 3
 
-Four tables: how far weighted sums of adapters are from the exact sum, beside PEFT's `add_weighted_adapter`; merging in
-core space beside an SVD of the dense sum; an adapter merged into its base beside PEFT's load, merge_and_unload, save;
-and extraction, exact and by a random sketch. Runs alternate, ratios are taken run by run, medians are shown.
+Three tables: how far weighted sums of adapters are from the exact sum, beside PEFT's `add_weighted_adapter`; merging in
+core space beside an SVD of the dense sum; and an adapter merged into its base beside PEFT's load, merge_and_unload,
+save. Runs alternate, ratios are taken run by run, medians are shown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from benchmarks.processes import Run, run_floor, run_python
 SUM_COLUMNS = ("relative error of", "alpha = r", "alpha = 4 r", "rsLoRA")
 CORE_COLUMNS = ("4 adapters of rank 16 to rank 16", "core s", "dense SVD s", "dense / core", "difference")
 BASE_COLUMNS = ("adapter into its base", "wall s", "anon MB", "anon / model", "wall / ours", "wall / floor")
-EXTRACT_COLUMNS = ("extraction of rank 16", "exact s", "sketch s", "exact / sketch", "energy, sketch / exact")
 RANK, COUNT = 16, 4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -61,7 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> str:
             table(SUM_COLUMNS, sum_rows(Path(scratch))),
             table(CORE_COLUMNS, [core_cells(width, options.runs) for width in options.widths]),
             table(BASE_COLUMNS, base_rows(options.folder, Path(scratch), shape, options.runs)),
-            table(EXTRACT_COLUMNS, [extract_cells(width, options.runs) for width in options.widths]),
         ]
     text = "\n\n".join(tables)
     print(text)
@@ -147,22 +145,6 @@ def core_cells(width: int, runs: int) -> list[str]:
     (left, right), (u, vh) = small(), dense()
     difference = (left @ right - (u @ vh).double()).norm() / (u @ vh).norm()
     return [f"{width} x {width}", *_seconds(times), f"{difference:.0e}"]
-
-
-def extract_cells(width: int, runs: int) -> list[str]:
-    """Decompose a change of full rank whose singular values fall as those of fine-tunes do."""
-    import torch
-
-    from hf_merge.ops.lowrank import truncate
-
-    torch.manual_seed(0)
-    values = torch.arange(1, width + 1).float().rsqrt()
-    q, p = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
-    change = q * values @ p
-    times = _alternate(runs, lambda: truncate(change, RANK, exact=False), lambda: truncate(change, RANK))
-    kept = truncate(change, RANK, exact=False).kept / truncate(change, RANK).kept
-    (sketch, exact, ratio) = _seconds(times)
-    return [f"{width} x {width}", exact, sketch, ratio, f"{kept:.4f}"]
 
 
 def _alternate(runs: int, one: Callable[[], Any], other: Callable[[], Any]) -> list[tuple[float, float]]:

@@ -273,6 +273,9 @@ def merge(
         hf_merge.merge("recipe.yaml", "merged")
         hf_merge.merge(["org/a", "org/b"], "merged", method="ties", base_model="org/base", density=[0.5, 0.3])
         hf_merge.merge("recipe.yaml", push_to_hub="me/merged")
+        hf_merge.merge("recipe.yaml", "adapter", output_format="adapter", rank=32)
+
+    With `output_format="adapter"` what the merge changes in its base is written as a PEFT adapter; see docs/recipes.md.
 
     Without `output`, files of weights are uploaded and deleted while the next are merged: at most two lie on the disk,
     in a hidden folder of the current one.
@@ -299,6 +302,9 @@ def merge(
         card_template: a Jinja template for the model card instead of the built-in one.
         **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, `seed=`, ...) or parameters of the
             method; a list for a per-model parameter has one value for each model.
+
+    Returns:
+        Where it is and how it was made; for an adapter a `MergedAdapter`.
 
     Raises:
         RecipeError, SourceError, PlanError: before anything is written.
@@ -405,11 +411,13 @@ def _merge_adapter(
     if target.suffix == WEIGHTS and not made.spelling:
         raise OutputError(f"'{target.name}' is a single file, and a PEFT adapter is a folder: name a folder.")
     name = target.name if destination is None else destination.repo_id
+    card = _adapter_card(made, name, card_template, [], {})
     if destination is not None:
-        destination = destination.prepare()
+        destination.check_card(str(card))
     try:
         kept = _write_adapter(made, target, name, overwrite=overwrite or away, card_template=card_template)
-        info = None if destination is None else _push(target, destination)
+        push = hub.push_folder if away else _push  # which says that the folder is whole
+        info = None if destination is None else push(target, destination)
     finally:
         if away:
             shutil.rmtree(target, ignore_errors=True)
@@ -461,7 +469,6 @@ def _write_peft(
         extra_config=made.extra_config, vllm=plan.recipe.vllm,
     )  # fmt: skip
     with writer:
-        _adapter_card(made, name, card_template, [], {})
         _run(plan, made.sources, writer, Team())
         kept = writer.assemble()
         made.sources[0].write_companions(writer.folder, lambda name: isinstance(made.sources[0], AdapterSource))

@@ -139,13 +139,16 @@ def different(bases, tmp_path_factory):
     return [
         bases.adapter(folder / "a", seed=1, r=2, target_modules=["q_proj", "v_proj"]),
         bases.adapter(folder / "b", seed=2, r=5, use_rslora=True, target_modules=["q_proj", "down_proj"]),
-        bases.adapter(folder / "c", seed=3, r=4, alpha_pattern={"q_proj": 12}, rank_pattern={"layers.0.self_attn.q_proj": 1}),
+        bases.adapter(
+            folder / "c", seed=3, r=4, alpha_pattern={"q_proj": 12}, rank_pattern={"layers.0.self_attn.q_proj": 1}
+        ),
     ]
 
 
 @pytest.mark.parametrize("words", [
     {"method": "linear", "normalize": False}, {"method": "task_arithmetic"}, {"method": "cat"},
-    {"method": "linear", "normalize": False, "space": "full"}, {"method": "svd", "units": 11}, {"method": "cat", "rank": "sum"},
+    {"method": "linear", "normalize": False, "space": "full"}, {"method": "svd", "units": 11},
+    {"method": "cat", "rank": "sum"},
 ], ids=str)  # fmt: skip
 def test_sums_equal_the_dense_formula_whatever_ranks_scales_and_targets(words, different, bases, tmp_path):
     weights = [0.7, -0.4, 1.5]
@@ -155,7 +158,9 @@ def test_sums_equal_the_dense_formula_whatever_ranks_scales_and_targets(words, d
     assert largest(found, expected) <= 1e-5 * largest(expected)
 
 
-@pytest.mark.parametrize("words", [{"method": "ties", "density": 0.6}, {"method": "dare_ties", "density": 0.5, "seed": 3}])
+@pytest.mark.parametrize(
+    "words", [{"method": "ties", "density": 0.6}, {"method": "dare_ties", "density": 0.5, "seed": 3}]
+)
 def test_space_full_equals_the_method_on_the_changes_themselves(words, bases, tmp_path):
     """With changes of full rank nothing is lost by the factors."""
     two = [bases.adapter(tmp_path / str(i), seed=i, r=16) for i in range(2)]
@@ -297,14 +302,18 @@ def edited(adapter, folder, change):
 
 
 def test_adapters_of_different_bases_are_refused_by_name(different, tmp_path):
-    other = edited(different[1], tmp_path / "other", lambda config, _: config.update(base_model_name_or_path="org/other"))
+    other = edited(
+        different[1], tmp_path / "other", lambda config, _: config.update(base_model_name_or_path="org/other")
+    )
     with pytest.raises(SourceError, match=r"belongs to .*llama.* to 'org/other': merge adapters of one base"):
         hf_merge.merge([different[0], other], tmp_path / "merged", method="linear")
     assert not (tmp_path / "merged").exists()
     words = {"base_model": "org/right", "output_format": "adapter"}
     merged = hf_merge.merge([different[0], other], tmp_path / "merged", method="ties", **words)
     assert "org/right" in "".join(str(problem) for problem in merged.plan.problems)
-    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/right"
+    assert (
+        json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/right"
+    )
 
 
 def test_adapters_of_other_architectures_are_refused_with_both_shapes(different, tmp_path):
@@ -353,7 +362,9 @@ def test_space_factors_warns_of_cross_terms_and_averages_as_peft_does(bases, tmp
     model.load_adapter(two[1], adapter_name="b")
     model.add_weighted_adapter(["a", "b"], weights, "both", combination_type="linear")
     model.set_adapter("both")
-    assert largest(model.merge_and_unload(adapter_names=["both"]).state_dict(), bases.weights(tmp_path / "merged")) < 1e-6
+    assert (
+        largest(model.merge_and_unload(adapter_names=["both"]).state_dict(), bases.weights(tmp_path / "merged")) < 1e-6
+    )
 
 
 def test_methods_on_factors_are_refused_for_models(bases, tmp_path):

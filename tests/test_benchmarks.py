@@ -9,11 +9,11 @@ from benchmarks.__main__ import COLUMNS, PROCESS_COLUMNS, SLOPE_COLUMNS, main
 
 def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
     numbers = ["--hidden", "64", "--layers", "1", "--models", "2", "--runs", "1", "--tiny-tensors", "12"]
-    numbers += ["--moe-layers", "4", "--experts", "2", "--rows", "500"]
+    numbers += ["--moe-layers", "4", "--experts", "2", "--rows", "500", "--rank", "4"]
     places = ["--folder", str(tmp_path), "--json", str(tmp_path / "runs.json")]
     text = main([*numbers, *places, "--methods", ""])
     assert capsys.readouterr().out.strip() == text
-    table, slope, shared, rows, loading = (read_table(part) for part in text.split("\n\n"))
+    table, slope, shared, rows, loading, extraction = (read_table(part) for part in text.split("\n\n"))
     assert list(table[0]) == list(COLUMNS) and list(slope[0]) == list(SLOPE_COLUMNS)
     assert [row["case"] for row in table] == ["import torch", "import hf_merge.api", "12 tiny tensors, 2"]
     assert all(float(row["wall / floor"]) > 0 for row in table[2:])
@@ -23,6 +23,8 @@ def test_the_benchmark_prints_its_tables_with_positive_ratios(tmp_path, capsys):
     assert list(shared[0]) == list(PROCESS_COLUMNS) and float(shared[2]["wall / 1 process"]) > 0
     assert [(row["processes"], row["threads each"]) for row in shared] == [("1", "2"), ("1", "1"), ("2", "1")]
     assert [row["rows"] for row in rows] == ["500 x 896"] and float(rows[0]["gather / index_select"]) > 0
+    assert [row["extraction"] for row in extraction] == ["the model, copied", "rank 4, sketches", "rank 4, exact"]
+    assert float(extraction[2]["exact / sketch"]) > 0 and float(extraction[1]["wall / copy"]) > 0
     assert len(loading) == 4 and all(float(row["wall s"]) > 0 for row in loading)
     assert [case["case"] for case in json.loads((tmp_path / "runs.json").read_text())["cases"]] == [
         r["case"] for r in table

@@ -72,6 +72,7 @@ def test_example_of_contributing_is_a_method_that_works():
         _registry.update(before)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
 def test_example_recipe_runs(example, llamas, tmp_path):
     """The recipe as it is, but for the names of its models."""

@@ -54,11 +54,12 @@ def adapter_card(
         "tags": ["lora", "peft", "merge", "hf_merge"],
         **(data or {}),
     }
-    return merged_card(
-        plan, sources, name, template=template or template_folder() / "adapter.md",
-        data=front,
-        **{"how_to_load": how_to_load(plan, base, name, config), "adapter": facts(plan, kept, config, base), "notes": _notes(plan, base), **values},
-    )  # fmt: skip
+    told = {
+        "how_to_load": how_to_load(plan, base, name, config), "adapter": facts(plan, kept, config, base),
+        "notes": _notes(plan, base), **values,
+    }  # fmt: skip
+    template = template or template_folder() / "adapter.md"
+    return merged_card(plan, sources, name, template=template, data=front, **told)
 
 
 def facts(plan: Plan, kept: Sequence[Kept], config: Mapping[str, Any], base: Source) -> dict[str, Any]:

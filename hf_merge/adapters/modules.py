@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_merge import _compat
-from hf_merge.adapters.parts import Part
+from hf_merge.adapters.parts import Kind, Part
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -64,7 +64,7 @@ def _layout(config: str) -> Layout | None:
 def _with_twins(model: nn.Module, parts: Mapping[str, Part], tied: Mapping[str, str]) -> dict[str, Part]:
     """Let tied matrices name the other modules that read them; a tied bias is that of the module that reads it."""
     found = dict(parts)
-    twins: dict[str, list[tuple[str, Any]]] = {}
+    twins: dict[str, list[tuple[str, Kind]]] = {}
     for alias, name in tied.items():
         own, other = parts.get(alias), parts.get(name)
         if own is None or other is None:
@@ -81,7 +81,7 @@ def _is_one(model: nn.Module, part: Part, other: Part) -> bool:
     return model.get_submodule(part.module) is model.get_submodule(other.module)
 
 
-def _reader(model: nn.Module, path: str) -> str:
+def _reader(model: nn.Module, path: str) -> Kind | None:
     """Say how a module must be kept that is not only called: `none` where others read its weights past it.
 
     torch's attention reads the weights of its output layer. A parametrisation makes weights of its own. Layers that
@@ -92,7 +92,7 @@ def _reader(model: nn.Module, path: str) -> str:
         return "none"
     asked = any(f"self.{name}.{word}" in _source(type(parent)) for word in ("stride", "num_embeddings"))
     mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA and name in ("out_proj", "conv1d")
-    return "whole" if asked or mamba else ""
+    return "whole" if asked or mamba else None
 
 
 @lru_cache(maxsize=256)
@@ -110,7 +110,7 @@ def _beside_experts(part: Part) -> Part:
     return replace(part, module=f"{part.module}.weight", kind="experts")
 
 
-def _of_module(path: str, module: nn.Module, *, unadapted: str) -> Iterator[tuple[str, Part]]:
+def _of_module(path: str, module: nn.Module, *, unadapted: Kind | None) -> Iterator[tuple[str, Part]]:
     """Yield (name in memory, part) for all that a module itself holds.
 
     Args:
@@ -123,7 +123,7 @@ def _of_module(path: str, module: nn.Module, *, unadapted: str) -> Iterator[tupl
     }
     before = f"{path}." if path else ""
     for name, shape in shapes.items():
-        kind = (unadapted or _kind(module, name, shapes)) if path else "none"
+        kind: Kind = (unadapted or _kind(module, name, shapes)) if path else "none"
         owner = path if kind not in ("experts", "none") else before + name
         yield (
             before + name,
@@ -138,7 +138,7 @@ def _of_module(path: str, module: nn.Module, *, unadapted: str) -> Iterator[tupl
         )
 
 
-def _kind(module: nn.Module, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def _kind(module: nn.Module, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Kind:
     """Say how PEFT keeps a change of a module's tensor."""
     factored = _factored(module)
     if factored and name in ("weight", "bias"):
@@ -151,7 +151,7 @@ def _kind(module: nn.Module, name: str, shapes: Mapping[str, tuple[int, ...]]) -
     return "none" if _holds_modules(module) else "whole"
 
 
-def _factored(module: nn.Module) -> str | None:
+def _factored(module: nn.Module) -> Kind | None:
     """Say by which layer PEFT adapts a module; None if by none, or by one that would not do what the module does."""
     from transformers.pytorch_utils import Conv1D
 

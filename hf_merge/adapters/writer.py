@@ -260,7 +260,7 @@ class AdapterWriter:
                 file.write(_bytes(self._read(one, own, rank)))
             file.flush()
             os.fsync(file.fileno())
-        os.close(self._file)
+        self._close()
         (self.folder / _SCRATCH).unlink()
 
     def _written(self, one: Kept, key: str, rank: int) -> TensorSpec:
@@ -306,11 +306,14 @@ class AdapterWriter:
 
     def _give_up(self) -> None:
         """Leave nothing."""
-        if self._config is None:
-            os.close(self._file)
-            self._config = {}
+        self._close()
         self._lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def _unwritable(self, error: OSError) -> OutputError:
         return OutputError(f"'{self.output}' cannot be written: {error.strerror or error}.")

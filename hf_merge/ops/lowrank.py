@@ -15,7 +15,7 @@ _PIECE = 1 << 22  # elements of the matrix that are compared with the product at
 _OVERSAMPLING = 16  # columns beside those asked for; half the rank where that is more
 _PAYS = 4  # a sketch is taken where it has so many times fewer columns than the matrix
 _ROUNDS = 20  # power iterations at most
-_SETTLED = 1e-9  # they end when a round adds no more than this share of the squared norm
+_SETTLED = 1e-7  # they end when a round adds no more than this share of the squared norm
 
 
 @dataclass(frozen=True)

@@ -470,3 +470,26 @@ def test_the_working_folder_is_a_sibling_of_an_output_that_does_not_stay(account
     )
     assert done.returncode == 0 and not list((tmp_path / "deep").iterdir()), done.stderr
     assert shown(pushed(account, "m"))
+
+
+def test_an_adapter_is_pushed_without_the_path_of_its_base_and_loads_from_there(account: Account, llamas, tmp_path):
+    org = account.name
+    account.put("base", llamas["base"])
+    code = """
+        import os, warnings, hf_merge, torch
+        warnings.simplefilter("ignore")
+        os.chdir(folder)
+        far = hf_merge.extract_adapter(a, f"{org}/base", rank=4, push_to_hub=f"{org}/far")
+        near = hf_merge.extract_adapter(a, base, "near", rank=4, push_to_hub=f"{org}/near")
+        ids = torch.arange(8)[None]
+        models = [one.load().eval()(ids).logits for one in (far, near)]
+        result = [far.path, far.base, far.base_revision, os.listdir("."), torch.equal(*models)]
+        """
+    words = {"a": llamas["a"], "base": llamas["base"], "folder": tmp_path}
+    path, base, revision, listed, same = account.python(code, token=account.write, **words)
+    assert path is None and base == f"{org}/base" and sorted(listed) == ["home", "near"] and same
+    far, near = (json.loads(shown(pushed(account, name))["adapter_config.json"]) for name in ("far", "near"))
+    assert far["base_model_name_or_path"] == f"{org}/base" and far["revision"] == revision
+    assert near["base_model_name_or_path"] == "base"
+    assert all(str(llamas["base"].parent).encode() not in text for text in shown(pushed(account, "near")).values())
+    assert f"base_model:\n- {org}/base\n".encode() in shown(pushed(account, "far"))["README.md"]
