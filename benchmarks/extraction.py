@@ -12,9 +12,12 @@ from benchmarks.processes import Run, run_python
 
 COLUMNS = ("extraction", "wall s", "anon MB", "wall / copy", "exact / sketch")
 
-_READY = (
-    "import json, sys, torch, transformers, peft, hf_merge.api\nbase, fine, output, rank = json.loads(sys.argv[1])\n"
-)
+_READY = """
+import json, sys, time, torch, transformers, peft, hf_merge.api
+base, fine, output, rank = json.loads(sys.argv[1])
+begin = time.perf_counter()
+"""
+_DONE = "print(json.dumps(time.perf_counter() - begin))"
 _COPY = "hf_merge.merge([fine], output, method='passthrough', overwrite=True)\n"
 _EXTRACT = "hf_merge.extract_adapter(fine, base, output, rank=rank, exact={exact}, keep_rest=False, overwrite=True)\n"
 _WAYS = {
