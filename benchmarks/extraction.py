@@ -12,9 +12,12 @@ from benchmarks.processes import Run, run_python
 
 COLUMNS = ("extraction", "wall s", "anon MB", "wall / copy", "exact / sketch")
 
-_READY = (
-    "import json, sys, torch, transformers, peft, hf_merge.api\nbase, fine, output, rank = json.loads(sys.argv[1])\n"
-)
+_READY = """
+import json, sys, time, torch, transformers, peft, hf_merge.api
+base, fine, output, rank = json.loads(sys.argv[1])
+begin = time.perf_counter()
+"""
+_DONE = "print(json.dumps(time.perf_counter() - begin))"
 _COPY = "hf_merge.merge([fine], output, method='passthrough', overwrite=True)\n"
 _EXTRACT = "hf_merge.extract_adapter(fine, base, output, rank=rank, exact={exact}, keep_rest=False, overwrite=True)\n"
 _WAYS = {
@@ -30,12 +33,12 @@ def extraction_rows(folders: Sequence[Path], rank: int, runs: int) -> list[list[
     found: dict[str, list[Run]] = {way: [] for way in _WAYS}
     with TemporaryDirectory() as scratch:
         words = json.dumps([str(base), str(fine), str(Path(scratch, "made")), rank])
-        empty = [run_python(_READY, words) for _ in range(runs)]
+        empty = [run_python(_READY + _DONE, words) for _ in range(runs)]
         for _ in range(runs):
             for way, code in _WAYS.items():
-                found[way].append(run_python(_READY + code, words))
-    start, footprint = median(run.wall for run in empty), median(run.anonymous for run in empty)
-    times = {way: [max(run.wall - start, 1e-3) for run in done] for way, done in found.items()}
+                found[way].append(run_python(_READY + code + _DONE, words))
+    footprint = median(run.anonymous for run in empty)
+    times = {way: [json.loads(run.output) for run in done] for way, done in found.items()}
     copied, sketched, _ = times.values()
     rows = []
     for way, own in times.items():

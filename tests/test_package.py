@@ -33,7 +33,7 @@ def test_wheel_holds_templates_types_and_licence(tmp_path):
 
 
 def test_templates_are_found_in_a_checkout():
-    assert (template_folder() / "merged.md").is_file()
+    assert all((template_folder() / name).is_file() for name in ("merged.md", "adapter.md"))
 
 
 def test_public_names_are_sorted_documented_and_there():

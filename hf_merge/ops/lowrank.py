@@ -13,7 +13,6 @@ Rank: TypeAlias = int | float
 
 _PIECE = 1 << 22  # elements of the matrix that are compared with the product at a time
 _OVERSAMPLING = 16  # columns beside those asked for; half the rank where that is more
-_PAYS = 4  # a sketch is taken where it has so many times fewer columns than the matrix
 _ROUNDS = 20  # power iterations at most
 _SETTLED = 1e-7  # they end when a round adds no more than this share of the squared norm
 
@@ -64,7 +63,7 @@ def truncate(matrix: Tensor, rank: Rank | None, *, exact: bool = True, seed: int
     tall = matrix.T if wide else matrix
     if total == 0:
         values, right = matrix.new_zeros(0), matrix.new_zeros(0, tall.shape[1])
-    elif not exact and isinstance(rank, int) and _PAYS * _width(rank) <= tall.shape[1]:
+    elif not exact and isinstance(rank, int) and _pays(tall, rank):
         values, right = _sketched(tall, rank, seed)
     else:
         values, right = _decomposed(tall)
@@ -94,6 +93,12 @@ def _rows(matrix: Tensor) -> int:
 def _width(rank: int) -> int:
     """Columns of a sketch."""
     return rank + max(_OVERSAMPLING, rank // 2)
+
+
+def _pays(tall: Tensor, rank: int) -> bool:
+    """Tell whether a sketch costs less than the Gram matrix and its eigenvectors, by counts of multiplications."""
+    rows, columns = tall.shape
+    return 8 * _ROUNDS * _width(rank) * rows < 4 * rows * columns + 25 * columns**2
 
 
 def _decomposed(tall: Tensor) -> tuple[Tensor, Tensor]:
