@@ -43,7 +43,7 @@ def cached(folder, name, commit):
 def test_adapter_alone_is_added_to_the_base_that_it_names(folder):
     alone, whole = open_source(ModelRef(path=str(folder / "adapter"))), opened(folder)
     assert len(alone.parts) == 2 and all(torch.equal(alone[name], whole[name]) for name in whole)
-    done = hf_merge.merge([str(folder / "adapter")], folder / "m", method="passthrough")
+    done = hf_merge.merge([str(folder / "adapter")], folder / "m", method="passthrough", output_format="model")
     assert torch.equal(done.load().lm_head.weight, whole["lm_head.weight"])
     assert f"{folder / 'base'}+{folder / 'adapter'}" in (folder / "m" / "hf_merge_recipe.yaml").read_text()
     assert "`base` + `adapter`" in done.card.text
@@ -96,7 +96,7 @@ def test_adapter_of_the_hub_brings_its_base_with_its_revision(folder):
     cached(folder, "base", "a" * 40)
     cached(folder, "adapter", "b" * 40)
     hub = {"cache_dir": folder / "hub", "local_files_only": True}
-    done = hf_merge.merge(["org/adapter"], folder / "m", method="passthrough", **hub)
+    done = hf_merge.merge(["org/adapter"], folder / "m", method="passthrough", output_format="model", **hub)
     pinned = f"org/base@{'a' * 40}+org/adapter@{'b' * 40}"
     assert pinned in (folder / "m" / "hf_merge_recipe.yaml").read_text()
     assert done.card.data.to_dict()["base_model"] == ["org/base", "org/adapter"]

@@ -56,6 +56,7 @@ def test_a_whole_adapter_is_the_fine_tune_however_it_is_loaded(name, tmp_path):
     lazily = PeftModel.from_pretrained(model_class.from_pretrained(base), made.path, low_cpu_mem_usage=True)
     assert distance(lazily, wanted) < 1e-5
     assert distance(model_class.from_pretrained(made.path), wanted) < 1e-5
+    assert distance(hf_merge.from_pretrained([f"{base}+{made.path}"], method="passthrough"), wanted) < 1e-5
     if name.endswith("CausalLM") or name.startswith("GPT2"):
         assert distance(AutoPeftModelForCausalLM.from_pretrained(made.path), wanted) < 1e-5
     is_tied = bool(saved.models["base"].all_tied_weights_keys)

@@ -144,7 +144,7 @@ def test_doors_that_give_models_refuse_it(words, tmp_path):
             call()
 
 
-@pytest.mark.parametrize(("changes", "told"), [({"output": "m.safetensors"}, "an adapter is a folder"),
+@pytest.mark.parametrize(("changes", "told"), [({"output": "m.safetensors"}, "a PEFT adapter is a folder"),
                                                ({"resume": True}, "leave resume out"),
                                                ({"private": True}, "push_to_hub")])  # fmt: skip
 def test_options_that_an_adapter_has_not(words, tmp_path, changes, told):
