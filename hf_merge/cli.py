@@ -91,6 +91,12 @@ KeepRest = Annotated[
     bool | None,
     Option("--keep-rest/--no-keep-rest", help="Save changed norms and biases in an adapter. Default: but for vLLM."),
 ]
+Space = Annotated[
+    Literal["core", "full", "factors"] | None,
+    Option(
+        "--space", help="Where adapters are merged with each other: core (default), full matrices, or A and B apart."
+    ),
+]
 Vllm = Annotated[bool, Option("--vllm", help="Write an adapter as vLLM loads it, or refuse to.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
@@ -130,6 +136,7 @@ def merge(
     rank: Rank = None,
     targets: Targets = None,
     exact_svd: ExactSvd = False,
+    space: Space = None,
     keep_rest: KeepRest = None,
     vllm: Vllm = False,
     push_to_hub: Annotated[str | None, Option("--push-to-hub", help="REPO_ID to publish the model in.")] = None,
@@ -164,7 +171,7 @@ def merge(
     changes = _changes(
         parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
-        output_format=output_format, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
+        output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     if job is not None:
         here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
@@ -292,6 +299,7 @@ def plan(
     rank: Rank = None,
     targets: Targets = None,
     exact_svd: ExactSvd = False,
+    space: Space = None,
     keep_rest: KeepRest = None,
     vllm: Vllm = False,
     device_map: DeviceMap = "auto",
@@ -306,7 +314,7 @@ def plan(
     changes = _changes(
         parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
-        output_format=output_format, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
+        output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     made = hf_merge.plan(
         _recipe(sources, method), device_map=device_map, max_memory=_max_memory(max_memory),

@@ -107,7 +107,7 @@ def test_adapter_of_the_hub_brings_its_base_with_its_revision(folder):
     with pytest.raises(
         SourceError, match=r"an adapter of 'org/other@v1', and that cannot be read: .* write 'base\+org"
     ):
-        hf_merge.plan(["org/adapter"], method="passthrough", **hub)
+        hf_merge.plan(["org/adapter"], method="passthrough", output_format="model", **hub)
 
 
 @pytest.mark.parametrize("told", [None, "", 3])

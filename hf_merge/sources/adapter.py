@@ -355,16 +355,20 @@ def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str
     Where they do, the steps of the one are those of the other. Returns all tied names with the tensor whose values
     they have in the base, those that the base's files lack and that are shown all the same, and all that are apart.
     """
-    tied, apart, separate = _tied(base), [], []
-    for alias, origin in tied.items():
-        if all(_stay_tied(steps, alias, origin) for steps in found):
-            for steps in found:
-                steps.pop(alias, None)
-                if alias in base.specs and origin in steps:
-                    steps[alias] = steps[origin]
-        else:
-            separate.append(alias)
-            apart += [alias] if alias not in base.specs else []
+    tied = _tied(base)
+    biases = {alias for alias, origin in tied.items() if len(base.specs[origin].shape) == 1}
+    for alias in biases:  # of these PEFT puts a value into the one tensor that both names mean
+        for steps in (steps for steps in found if alias in steps and tied[alias] not in steps):
+            steps[tied[alias]] = steps.pop(alias)
+    separate = [alias for alias, origin in tied.items()
+                if not all(_stay_tied(steps, alias, origin) or (alias in biases and alias not in steps)
+                           for steps in found)]  # fmt: skip
+    apart = [alias for alias in tied if separate and alias not in base.specs]  # a config ties all or nothing
+    for alias, origin in ((alias, origin) for alias, origin in tied.items() if alias not in separate):
+        for steps in found:
+            steps.pop(alias, None)
+            if (alias in base.specs or alias in apart) and origin in steps:
+                steps[alias] = steps[origin]
     return tied, apart, separate
 
 

@@ -105,6 +105,8 @@ class Places:
 
 def _box(view: Tensor, shape: tuple[int, ...]) -> tuple[Box, bool] | None:
     """Return which part of a contiguous parameter a view shows, and whether with rows and columns swapped."""
+    if tuple(view.shape) == shape and view.is_contiguous():
+        return ALL, False
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
