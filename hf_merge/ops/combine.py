@@ -110,3 +110,28 @@ def overlap_sum(deltas: Sequence[Tensor], masks: Sequence[Tensor], *, alone: Seq
     for delta, mask, factor in zip(deltas, masks, alone, strict=True):
         total.add_(delta * mask * (average + lone * factor))
     return total
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """Return for each entry the one of largest magnitude, the last among equals."""
+    kept = tensors[0].clone()
+    for tensor in tensors[1:]:
+        kept = torch.where(tensor.abs() >= kept.abs(), tensor, kept)
+    return kept
+
+
+def localised(deltas: Sequence[Tensor], total: Tensor, share: Sequence[float]) -> list[Tensor]:
+    """Mark (by 1, else 0) the entries of each task vector that outweigh a share of all the others together."""
+    return [d.abs().gt((total - d).abs_().mul_(s)).to(d.dtype) for d, s in zip(deltas, share, strict=True)]
+
+
+def magnitude_shares(tiles: Tiles) -> list[float]:
+    """Return each model's share of the mean magnitudes of all; equal ones where nothing changed."""
+    sums = [sum(parts) for parts in zip(*([float(t.abs().sum(dtype=torch.float64)) for t in tile] for tile in tiles))]
+    return [one / sum(sums) if sum(sums) else 1 / len(sums) for one in sums]
+
+
+def to_the_largest(tensors: Sequence[Tensor]) -> list[float]:
+    """Say by what to multiply each tensor so that all have the largest mean magnitude among them; zeros stay."""
+    sums = [float(t.abs().sum(dtype=torch.float64)) if not t.is_meta else 1.0 for t in tensors]
+    return [max(sums) / one if one else 1.0 for one in sums]
