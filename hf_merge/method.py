@@ -248,6 +248,11 @@ class MergeMethod:
         """
         return [name for name, one in self.reductions.items() if _over(one, settings) == "model"]
 
+    def asked_over_model(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters that the reductions over the whole model depend on."""
+        asked = {one for name in self.over_model(settings) for one in _keywords(self.reductions[name].by)}
+        return {name: settings[name] for name in sorted(asked & settings.keys())}
+
     def before(self, tiles: Iterable[Stack], settings: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the reductions over the whole model, of which these are all tiles."""
         found: dict[str, Any] = {}

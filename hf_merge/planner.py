@@ -19,6 +19,7 @@ from hf_merge.errors import OutputError
 from hf_merge.findings import Findings
 from hf_merge.method import MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
+from hf_merge.passes import first_passes
 from hf_merge.planning import (
     MAX_SHARD_SIZE,
     SINGLE_FILE,
@@ -26,6 +27,7 @@ from hf_merge.planning import (
     Plan,
     Problem,
     Step,
+    compute_dtype,
     default_workers,
     most_common_dtype,
     working_memory,
@@ -57,6 +59,7 @@ def make_plan(
     steps = tuple(planner.step(target) for target in planner.outline.targets())
     specs = {step.name: step.spec for step in steps}
     config, doubts = planner.config(specs)
+    passes = first_passes(steps, dtype=planner.precision, bytes_read=planner.bytes_read, tied=planner.donor.shared)
     return Plan(
         recipe=recipe,
         models=tuple(sources),
@@ -66,8 +69,9 @@ def make_plan(
         shards=_lay_out(specs, max_shard_size, planner.donor.folders),
         problems=tuple(sorted((*problems, *planner.problems(), *doubts), key=lambda one: one.severity != "error")),
         stacks=planner.outline.stacks,
-        bytes_read=sum(planner.bytes_read(step) for step in steps),
+        bytes_read=sum(planner.bytes_read(step) for step in steps) + sum(one.bytes_read for one in passes),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
+        passes=passes,
     )
 
 
@@ -218,6 +222,10 @@ class _Planner:
     def bytes_read(self, step: Step) -> int:
         """Bytes of a step's inputs, its base among them."""
         return sum(self.sources[one.model].bytes_read(one.name) for one in set(step.reads))
+
+    def precision(self, step: Step) -> torch.dtype:
+        """The dtype of a step's arithmetic."""
+        return compute_dtype([self.sources[one.model].specs[one.name].dtype for one in step.reads] + [step.spec.dtype])
 
     def memory(self, step: Step) -> int:
         """Estimate the bytes that a step takes beside mapped files and its output."""

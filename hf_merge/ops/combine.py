@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,14 +40,16 @@ def linear_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize:
     return divide_(total, divisor) if normalize and abs(divisor) >= 1e-8 and divisor != 1 else total
 
 
-def disjoint_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize: bool) -> Tensor:
+def disjoint_sum(
+    tensors: Sequence[Tensor], weight: Sequence[float], *, normalize: bool, undecided: float = 1.0
+) -> Tensor:
     """Elect a sign for each entry, then sum only the weighted entries that have it.
 
-    The elected sign is that of the weighted sum, a sum of zero counting as positive. With `normalize` each
+    The elected sign is that of the weighted sum, a sum of zero having the sign `undecided`. With `normalize` each
     entry is divided by the weights that took part (by 1 where they sum to 0), which is TIES' disjoint mean.
     """
     weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
-    elected = _elected_sign(weighted)
+    elected = _elected_sign(weighted, undecided)
     ones, shares = [1.0] * len(weighted), weight if normalize else [0.0] * len(weighted)
     total, divisor = _sum_of_agreeing(weighted, elected, ones, shares)
     return total.div_(divisor.add_(torch.eq(divisor, 0, out=elected))) if normalize else total
@@ -62,10 +64,29 @@ def disjoint_mean(tensors: Sequence[Tensor], share: Sequence[float]) -> Tensor:
     return total.div_(divisor.clamp_(min=1e-6))
 
 
-def _elected_sign(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sign of the sum as 1 or -1, zero counting as positive."""
+def disjoint_max(tensors: Sequence[Tensor], weight: Sequence[float], *, undecided: float = 1.0) -> Tensor:
+    """Elect a sign for each entry as `disjoint_sum` does, then keep the largest of the entries that have it."""
+    weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
+    elected = _elected_sign(weighted, undecided)
+    most = torch.zeros_like(elected)
+    for tensor in weighted:
+        torch.maximum(most, tensor.mul(elected), out=most)
+    return most.mul_(elected)
+
+
+def majority_sign(tensors: Iterable[Sequence[Tensor]]) -> float:
+    """Return the sign that most of the sums of tensors have, over all tiles; a draw is negative."""
+    balance = 0
+    for tile in tensors:
+        balance += int(weighted_sum(tile, [1.0] * len(tile)).sign_().sum(dtype=torch.float64))
+    return 1.0 if balance > 0 else -1.0
+
+
+def _elected_sign(tensors: Sequence[Tensor], undecided: float = 1.0) -> Tensor:
+    """Return the sign of the sum as 1 or -1, `undecided` where that is zero."""
     # Masks are floats, 0 or 1: torch's boolean masks cost ten to fifty times as much.
-    return weighted_sum(tensors, [1.0] * len(tensors)).ge_(0).mul_(2).sub_(1)
+    total = weighted_sum(tensors, [1.0] * len(tensors))
+    return (total.ge_(0) if undecided > 0 else total.gt_(0)).mul_(2).sub_(1)
 
 
 def _sum_of_agreeing(
