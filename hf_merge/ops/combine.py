@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -148,11 +149,19 @@ def localised(deltas: Sequence[Tensor], total: Tensor, share: Sequence[float]) -
 
 def magnitude_shares(tiles: Tiles) -> list[float]:
     """Return each model's share of the mean magnitudes of all; equal ones where nothing changed."""
-    sums = [sum(parts) for parts in zip(*([float(t.abs().sum(dtype=torch.float64)) for t in tile] for tile in tiles))]
-    return [one / sum(sums) if sum(sums) else 1 / len(sums) for one in sums]
+    found = [[float(t.abs().sum(dtype=torch.float64)) for t in tile] for tile in tiles]
+    sums = [math.fsum(parts) for parts in zip(*found, strict=True)]
+    return [one / math.fsum(sums) if any(sums) else 1 / len(sums) for one in sums]
 
 
 def to_the_largest(tensors: Sequence[Tensor]) -> list[float]:
     """Say by what to multiply each tensor so that all have the largest mean magnitude among them; zeros stay."""
     sums = [float(t.abs().sum(dtype=torch.float64)) if not t.is_meta else 1.0 for t in tensors]
     return [max(sums) / one if one else 1.0 for one in sums]
+
+
+def energy_of_all(tiles: Tiles) -> list[float]:
+    """Return each model's share of the sum of all squares; equal ones where nothing changed."""
+    squares = [[float(t.to(torch.float64).square().sum()) for t in tile] for tile in tiles]
+    sums = [math.fsum(parts) for parts in zip(*squares, strict=True)]
+    return [one / math.fsum(sums) if any(sums) else 1 / len(sums) for one in sums]

@@ -98,10 +98,59 @@ def isotropic(parts: Svd) -> Tensor:
 
 
 def truncated_and_rescaled(matrix: Tensor, kept: float) -> Tensor:
-    """Keep the fewest components that hold a share of the nuclear norm, and scale them up to all of it."""
+    """Keep the fewest components, one at least, that hold a share of the nuclear norm; scale them up to all of it."""
     parts = svd(matrix)
-    before = parts.s.cumsum(0) - parts.s  # of the nuclear norm, without the component itself
-    norm = parts.s.sum()
+    norm, before = parts.s.sum(), parts.s.cumsum(0) - parts.s  # before: what the components in front of each hold
     held = parts.s * (before < kept * norm)
-    factor = torch.where(norm > 0, norm / held.sum().clamp(min=torch.finfo(held.dtype).tiny), 0)
+    held[:1] = parts.s[:1]
+    factor = norm / torch.where(norm > 0, held.sum(), 1)
     return Svd(parts.u, held * factor, parts.vh).matrix
+
+
+def calibrated(merge: Tensor, tasks: Sequence[Tensor], alpha: float) -> Tensor:
+    """Scale every singular value of a merge by how much the tasks' responses along its left vector were amplified.
+
+    Args:
+        merge: the merged matrix.
+        tasks: the task vectors that it was merged from; what has no response along a vector counts as `alpha`.
+        alpha: least amplification that counts.
+    """
+    parts = svd(merge)
+    responses = parts.s[:, None] * parts.vh  # u_r' M, one row each
+    amplified = torch.zeros_like(parts.s)
+    for task in tasks:
+        own = parts.u.T @ task
+        energy = own.square().sum(1)
+        found = (responses * own).sum(1) / torch.where(energy > 0, energy, 1)
+        amplified += found.clamp(min=alpha)
+    return Svd(parts.u, parts.s * (len(tasks) / amplified if tasks else 1), parts.vh).matrix
+
+
+def _interference(tasks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return C = sum_i C_i and sum_i d_i C_i with C_i = d_i' d_i / |d_i|^2; tasks without a change have no part."""
+    units = [task / torch.where(task.any(), torch.linalg.vector_norm(task), 1) for task in tasks]
+    grams = [unit.T @ unit for unit in units]
+    return total(grams), total([task @ gram for task, gram in zip(tasks, grams, strict=True)])
+
+
+def undisturbed(tasks: Sequence[Tensor]) -> Tensor:
+    """Return the point nearest to the sum of the tasks at which sum_i |(x - d_i) d_i'|^2 / |d_i|^2 is least."""
+    start = total(tasks)
+    gram, target = _interference(tasks)
+    values, vectors = torch.linalg.eigh(gram)
+    real = values > 1e-12 * values[-1:].clamp(min=torch.finfo(values.dtype).tiny)
+    inverse = torch.where(real, 1 / torch.where(real, values, 1), 0)
+    return start + ((target - start @ gram) @ vectors * inverse) @ vectors.T
+
+
+def least_interference(tasks: Sequence[Tensor], steps: int, rate: float) -> Tensor:
+    """Go from the sum of the tasks towards that point by Adam, with its usual constants."""
+    x = total(tasks)
+    gram, target = _interference(tasks)
+    mean, square = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(1, steps + 1):
+        slope = 2 * (x @ gram - target)
+        mean.lerp_(slope, 1 - 0.9)
+        square.mul_(0.999).addcmul_(slope, slope, value=1 - 0.999)
+        x.addcdiv_(mean, (square / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-rate / (1 - 0.9**step))
+    return x
