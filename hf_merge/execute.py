@@ -94,9 +94,7 @@ def execute(
             raise
 
 
-def with_first_pass(
-    plan: Plan, sources: Sequence[Tensors], wanted: Callable[[str], bool] = lambda name: True
-) -> Plan:
+def with_first_pass(plan: Plan, sources: Sequence[Tensors], wanted: Callable[[str], bool] = lambda name: True) -> Plan:
     """Compute the numbers over a whole model that the methods of a plan need, and return the plan with them.
 
     Always on the CPU, in one thread and in one order: the numbers do not depend on where and by how many processes

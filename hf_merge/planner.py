@@ -17,7 +17,7 @@ from hf_merge.checking import idle_parameters
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
 from hf_merge.findings import Findings
-from hf_merge.method import MergeMethod, get_method
+from hf_merge.method import LAMBDA, MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
 from hf_merge.passes import first_passes
 from hf_merge.planning import (
@@ -194,6 +194,8 @@ class _Planner:
             values = [resolve_first(scope, parameter.name, name, target.depth) for scope, name in each]
             values = [parameter.default if v is UNSET else parameter.check(v, method.name) for v in values]
             settings[parameter.name] = values if parameter.per_model else values[0]
+        if self.recipe.lines and LAMBDA.name in settings:
+            settings[LAMBDA.name] *= self.recipe.lines.at(target.depth)
         if method.seeded:
             settings[method.seeded] = self._seeds(target, models, names)
         return method.checked(settings)
@@ -247,6 +249,8 @@ class _Planner:
             yield from self.findings.dropped([name for name in self.donor.specs if name not in self.planned])
         yield from self.findings.problems(rearranged=bool(self.outline.stacks))
         yield from (Problem("warning", text) for text in self.outline.warnings)
+        if self.recipe.lines and not any(LAMBDA.name in cast.method.parameters for cast in self.casts.values()):
+            yield Problem("error", f"lines: scales task vectors, and '{self.recipe.merge_method}' has none: drop it.")
         for name, method in idle_parameters(self.recipe):
             yield Problem("warning", f"'{name}' has no effect: '{method}' has no such parameter.")
         for rule in self.recipe.rules:

@@ -18,7 +18,9 @@ def _shares(tiles: Tiles, *, variant: str) -> list[float]:
 @merge_method(paper="https://arxiv.org/abs/2411.16815")
 def fr(
     deltas: Deltas,
-    shares: Annotated[list[float], Reduced(_shares, over=lambda *, variant: "model" if variant == "paper" else "tensor")],
+    shares: Annotated[
+        list[float], Reduced(_shares, over=lambda *, variant: "model" if variant == "paper" else "tensor")
+    ],
     *,
     variant: Literal["reference", "paper"] = "reference",
     filter_ratio: Fraction = 0.7,

@@ -12,9 +12,7 @@ def _cut(tiles: Tiles, *, scope: str, density: list[float]) -> list[Threshold]:
     return (magnitude_levels if scope == "global" else magnitude_thresholds)(tiles, density=density)
 
 
-def _undecided(
-    tiles: Tiles, *, scope: str, cut: list[Threshold], factors: list[float], weight: list[float]
-) -> float:
+def _undecided(tiles: Tiles, *, scope: str, cut: list[Threshold], factors: list[float], weight: list[float]) -> float:
     return majority_sign(trimmed(tiles, cut, factors, weight)) if scope == "global" else 1.0
 
 

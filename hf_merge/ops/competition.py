@@ -55,7 +55,9 @@ def score_limits(tiles: Tiles, *, clips: Sequence[Limits], ratio: float) -> list
     low = sorted_at(scored, [partial(_place, 1 - ratio)] * len(clips))
     high = [-math.inf] * len(clips)
     for tile in scored:
-        high = [max(most, float(score.max()) if score.numel() else most) for most, score in zip(high, tile, strict=True)]
+        high = [
+            max(most, float(score.max()) if score.numel() else most) for most, score in zip(high, tile, strict=True)
+        ]
     return [Limits(q, max(q, most)) for q, most in zip(low, high, strict=True)]
 
 
