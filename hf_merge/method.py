@@ -237,8 +237,8 @@ class MergeMethod:
         """Compute the method's reductions over all tiles of one tensor, but for those that are known."""
         found: dict[str, Any] = {}
         for name, reduction in self.reductions.items():
-            is_known = known is not None and name in known
-            found[name] = known[name] if is_known else _by_name(reduction.by, {**settings, **found}, tiles)
+            already = known or {}
+            found[name] = already[name] if name in already else _by_name(reduction.by, {**settings, **found}, tiles)
         return found
 
     def over_model(self, settings: Mapping[str, Any]) -> list[str]:

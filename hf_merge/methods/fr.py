@@ -45,7 +45,7 @@ def fr(
     Notes:
         The published results are the released filter's, so it is the default. It removes next to nothing of a square
         matrix and two thirds of one of 4 to 1, doubles a few frequencies, and depends on whether q, k and v are stored
-        in one tensor. The released code leaves what is no matrix at the base; the paper's variant adds it up unfiltered.
+        in one tensor. It leaves what is no matrix at the base; the paper's variant adds that up unfiltered.
         Published values of lambda: 0.7 with align for 8 tasks, 0.15 for 30, 0.5 for language models.
     """
     first = deltas[0]

@@ -1,5 +1,7 @@
 """SVC: singular value calibration."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hf_merge.method import merge_method
@@ -36,7 +38,7 @@ def svc(
     tasks = [delta for delta, chosen in zip(deltas, merged, strict=True) if not chosen]
     shares = [w for w, chosen in zip(weight, merged, strict=True) if not chosen]
 
-    def start(parts: list[Tensor]) -> Tensor:
+    def start(parts: Sequence[Tensor]) -> Tensor:
         return weighted_sum(parts[: len(given)] or parts, [1.0 / len(given)] * len(given) if given else shares)
 
     def merge(parts: list[Tensor]) -> Tensor:

@@ -50,8 +50,8 @@ def ties(
 
     Notes:
         Per tensor, exactly max(1, int(density * N)) entries are kept, the first of equal ones, and s = 0 counts as +.
-        Globally, as in the authors' code, int(density * N) + 1 are and all that equal the last, and s = 0 takes the sign
-        that most entries have; their vision experiments use density 0.2, the sum and lambda 0.3.
+        Globally, as in the authors' code, int(density * N) + 1 are and all that equal the last, and s = 0 takes the
+        sign that most entries have; vision experiments use density 0.2, the sum and lambda 0.3.
     """
     kept = trim(deltas, cut, factors)
     if consensus == "max":

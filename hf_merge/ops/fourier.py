@@ -18,7 +18,7 @@ def radial_high_pass(matrix: Tensor, cut: float) -> Tensor:
 
 
 def released_filter(matrix: Tensor, ratio: float) -> Tensor:
-    """Filter as FR-Merging's code does: by the distance of indices of the spectrum, which is not shifted, from its middle.
+    """Filter as FR-Merging's code does: by the distance of indices from the middle of a spectrum that is not shifted.
 
     What lies within `ratio` times the shorter side of the middle is kept, and doubled at a distance of exactly a tenth
     of that side. In an unshifted spectrum the middle is the highest frequency, so that low ones are removed; in a
@@ -32,12 +32,12 @@ def released_filter(matrix: Tensor, ratio: float) -> Tensor:
 
 
 def _filtered(matrix: Tensor, gain: Tensor) -> Tensor:
-    """Multiply the spectrum of a real matrix by a real gain, and return the real part of what that is the spectrum of."""
+    """Multiply the spectrum of a real matrix by a real gain; return the real part of what has that spectrum."""
     mirrored = gain.flip(0, 1).roll((1, 1), (0, 1))  # what the gain is at the negative frequency
     half = ((gain.to(matrix.dtype) + mirrored) / 2)[:, : matrix.shape[1] // 2 + 1].to(matrix.device)
     return torch.fft.irfft2(torch.fft.rfft2(matrix) * half, s=matrix.shape)
 
 
 def by_blocks(matrix: Tensor, count: int) -> list[Tensor]:
-    """Cut a matrix into so many blocks of rows, such as the q, k and v of a fused projection, if they come out equal."""
+    """Cut a matrix into so many blocks of rows, such as the q, k and v of a fused one, if they come out equal."""
     return list(matrix.chunk(count)) if matrix.shape[0] % count == 0 else [matrix]

@@ -1,9 +1,9 @@
 """Singular values and vectors of task vectors, matrix by matrix.
 
-One policy holds for all spectral methods. A tensor of two dims is a matrix, embeddings among them. A convolution is
-averaged like everything else, as in the authors' code, or with `conv: flatten` taken as the matrix [out, in*kh*kw]. What
-is no matrix (biases, norms, tokens) is averaged. All of it is computed in float64; directions whose singular value is
-below `NOISE` times the largest are rounding errors of float32 and have no part, so that no result depends on them.
+One policy holds for all spectral methods. A tensor of two dims is a matrix, embeddings among them. What is none
+(biases, norms, tokens) is averaged, and so are kernels of convolutions, as in the authors' code; with `conv: flatten`
+they are taken as matrices [out, in*kh*kw]. All is computed in float64. Directions whose singular value is below `NOISE`
+times the largest are rounding errors of float32 and have no part, so that no result depends on them.
 """
 
 from __future__ import annotations
