@@ -144,7 +144,8 @@ class MergeMethod:
                 base, which is not done here.
 
         Returns:
-            A tensor of their shape and dtype; 16-bit floats are computed in float32.
+            A tensor of their shape and dtype; 16-bit floats are computed in float32. Numbers over a whole model are
+            those of these tensors alone.
 
         Raises:
             ParameterError: a parameter, the number of models, their shapes or a missing base.

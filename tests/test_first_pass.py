@@ -57,7 +57,7 @@ def test_a_model_of_many_tensors_is_merged_as_one_long_tensor(words):
 def test_threads_and_tiles_do_not_matter(words, monkeypatch):
     base, models = states()
     expected = hf_merge.merge_state_dicts(models, base_model=base, **words)
-    monkeypatch.setattr(staging, "TILE", 64)
+    monkeypatch.setattr(staging, "TILE", 1000)
     monkeypatch.setattr(engine, "default_workers", lambda: 7)
     found = hf_merge.merge_state_dicts(models, base_model=base, **words)
     for name, tensor in expected.items():

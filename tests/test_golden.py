@@ -58,9 +58,9 @@ PUBLISHED = {
         **TIES, "density": 12084 / 60416, "lambda_": 0.9, "rules": [{"pattern": "classifier", **KEPT}],
     },
     ("weight_average", ""): {"method": "linear", "base_model": None},
-    ("fr_roberta", ""): {"method": "fr", "filter_ratio": 0.7, "lambda_": 0.5},
+    ("fr_roberta", ""): {"method": "fr", "variant": "reference", "filter_ratio": 0.7, "lambda_": 0.5},
     ("fr_vit30", "merged_0.15"): {  # biases of attention and MLPs are added up, all other vectors stay
-        "method": "fr", "filter_ratio": 0.7, "with_align": False, "lambda_": 0.15,
+        "method": "fr", "variant": "reference", "filter_ratio": 0.7, "with_align": False, "lambda_": 0.15,
         "rules": [{"pattern": "*dense.bias", **SUMMED}, {"pattern": "*.attention.attention.*.bias", **SUMMED}],
     },
 }  # fmt: skip
@@ -105,5 +105,5 @@ def test_the_released_filter_gives_the_released_vectors(model):
     assert len(filtered) == 12
     for key, expected in filtered.items():
         name = key.partition("/")[2]
-        found = hf_merge.get_method("fr")([models[model][name] - base[name]], filter_ratio=0.7)
+        found = hf_merge.get_method("fr")([models[model][name] - base[name]], variant="reference")
         assert float((found - expected).abs().max()) <= 5e-7, key

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,6 @@ def _filtered(matrix: Tensor, gain: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(matrix) * half, s=matrix.shape)
 
 
-def by_blocks(matrix: Tensor, count: int) -> list[Tensor]:
-    """Cut a matrix into so many blocks of rows, such as the q, k and v of a fused one, if they come out equal."""
-    return list(matrix.chunk(count)) if matrix.shape[0] % count == 0 else [matrix]
+def in_blocks(matrix: Tensor, count: int, by: Callable[[Tensor], Tensor]) -> Tensor:
+    """Filter so many equal blocks of rows apart, such as the q, k and v of a fused matrix; all as one if they are not."""
+    return torch.cat([by(block) for block in matrix.chunk(count)]) if matrix.shape[0] % count == 0 else by(matrix)

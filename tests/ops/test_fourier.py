@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_merge.ops.fourier import by_blocks, radial_high_pass, released_filter
+from hf_merge.ops.fourier import in_blocks, radial_high_pass, released_filter
 
 
 def wave(rows, columns, shape=(16, 16)):
@@ -44,5 +44,6 @@ def test_released_filter_is_what_its_words_say(shape, ratio):
 
 
 def test_blocks_of_rows():
-    assert [len(block) for block in by_blocks(torch.zeros(6, 2), 3)] == [2, 2, 2]
-    assert [len(block) for block in by_blocks(torch.zeros(7, 2), 3)] == [7]
+    for rows, expected in ((6, [2] * 6), (7, [7] * 7)):
+        found = in_blocks(torch.zeros(rows, 2), 3, lambda block: torch.full_like(block, len(block)))
+        assert found[:, 0].tolist() == expected
