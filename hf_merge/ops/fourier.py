@@ -41,5 +41,5 @@ def _filtered(matrix: Tensor, gain: Tensor) -> Tensor:
 
 
 def in_blocks(matrix: Tensor, count: int, by: Callable[[Tensor], Tensor]) -> Tensor:
-    """Filter so many equal blocks of rows apart, such as the q, k and v of a fused matrix; all as one if they are not."""
+    """Filter so many equal blocks of rows apart, such as a fused q, k and v; all as one if they are not equal."""
     return torch.cat([by(block) for block in matrix.chunk(count)]) if matrix.shape[0] % count == 0 else by(matrix)
