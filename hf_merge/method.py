@@ -110,6 +110,7 @@ class MergeMethod:
         elementwise: whether each output entry depends on the same entry of the inputs only, so that it
             may run on tiles; a function if that depends on parameters, see `tiled`.
         ordered: whether the order of the models matters, as it does where a later one wins.
+        wide: whether it computes in float64, whatever the dtype of the weights; it takes more memory then.
         check: complains about values that do not go together.
         ignored: names that MergeKit's recipes may give and that have no effect.
         paper: where it comes from.
@@ -127,6 +128,7 @@ class MergeMethod:
     seeded: str | None
     elementwise: bool | Callable[..., bool]
     ordered: bool
+    wide: bool
     check: Callable[..., None] | None
     ignored: tuple[str, ...]
     paper: str
@@ -275,6 +277,7 @@ def merge_method(
     models: int | None = None,
     min_models: int = 1,
     ordered: bool = False,
+    wide: bool = False,
     check: Callable[..., None] | None = None,
     ignored: Sequence[str] = (),
     name: str | None = None,
@@ -288,6 +291,7 @@ def merge_method(
         models: exactly how many models it merges, base excluded; any number if not given.
         min_models: how many at least.
         ordered: the order of the models matters.
+        wide: it computes in float64.
         check: gets the parameters it names and raises ValueError where they do not go together.
         ignored: parameters that MergeKit's recipes may give it and that have no effect.
         name: if not the function's.
@@ -297,9 +301,9 @@ def merge_method(
     """
 
     def register(fn: Callable[..., Tensor]) -> MergeMethod:
-        words = {"paper": paper, "elementwise": elementwise, "ordered": ordered, "check": check}
+        words: dict[str, Any] = {"paper": paper, "elementwise": elementwise, "ordered": ordered, "check": check}
         counts = {"count": models, "least": models or min_models}
-        words["ignored"] = tuple(ignored)
+        words |= {"wide": wide, "ignored": tuple(ignored)}
         return _registered(_read_signature(fn, name=name or fn.__name__, **words, **counts))
 
     return register

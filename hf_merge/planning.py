@@ -303,15 +303,12 @@ class Plan:
 
 
 def working_memory(step: Step, tile: int = TILE) -> int:
-    """Estimate the bytes that computing a step in tiles of so many elements takes beside its inputs and its output.
-
-    What sees whole tensors often computes in float64: for these it is twice as much.
-    """
+    """Estimate the bytes that computing a step in tiles of so many elements takes beside its inputs and its output."""
     if step.method is None:
         return 0
-    tiled = get_method(step.method).tiled(step.settings)
-    elements = min(step.spec.numel, tile) if tiled else 2 * step.spec.numel
-    temporaries = 2 * len(step.inputs) + 4
+    method = get_method(step.method)
+    elements = min(step.spec.numel, tile) if method.tiled(step.settings) else step.spec.numel
+    temporaries = (2 * len(step.inputs) + 4) * (2 if method.wide else 1)
     return elements * (len(step.reads) + temporaries) * compute_dtype([step.spec.dtype]).itemsize
 
 

@@ -7,7 +7,7 @@ from hf_merge.ops.spectral import Conv, low_rank, per_matrix, total
 from hf_merge.types import Fraction, Merged, Models, Number
 
 
-@merge_method(paper="https://arxiv.org/abs/2412.12153")
+@merge_method(paper="https://arxiv.org/abs/2412.12153", wide=True)
 def cart(
     models: Models, base: Tensor | None, *, rank: Fraction = 0.08, scaling: Number = 1.0, conv: Conv = "average"
 ) -> Merged:

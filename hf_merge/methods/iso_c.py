@@ -5,7 +5,7 @@ from hf_merge.ops.spectral import Conv, isotropic, per_matrix, svd, total
 from hf_merge.types import Deltas, Merged
 
 
-@merge_method(paper="https://arxiv.org/abs/2502.04959")
+@merge_method(paper="https://arxiv.org/abs/2502.04959", wide=True)
 def iso_c(deltas: Deltas, *, conv: Conv = "average") -> Merged:
     """Add up the task vectors, and give all singular values of every matrix their mean.
 

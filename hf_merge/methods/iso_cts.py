@@ -7,7 +7,7 @@ from hf_merge.ops.spectral import Conv, isotropic, joined, orthogonalised, per_m
 from hf_merge.types import Deltas, Fraction, Merged
 
 
-@merge_method(paper="https://arxiv.org/abs/2502.04959")
+@merge_method(paper="https://arxiv.org/abs/2502.04959", wide=True)
 def iso_cts(deltas: Deltas, *, common_space_fraction: Fraction = 0.8, conv: Conv = "average") -> Merged:
     """Make the common subspace of a sum and each task's own directions beside it equally strong.
 

@@ -5,7 +5,7 @@ from hf_merge.ops.spectral import Conv, per_matrix, total, truncated_and_rescale
 from hf_merge.types import Deltas, Fraction, Merged
 
 
-@merge_method(paper="https://arxiv.org/abs/2502.10339")
+@merge_method(paper="https://arxiv.org/abs/2502.10339", wide=True)
 def star(deltas: Deltas, *, eta: Fraction = 0.4, conv: Conv = "average") -> Merged:
     """Cut the weak directions off each task vector, make up for them by the nuclear norm, and average.
 

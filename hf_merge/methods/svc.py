@@ -10,7 +10,7 @@ from hf_merge.ops.spectral import Conv, calibrated, per_matrix
 from hf_merge.types import Deltas, Merged, Number, PerModel, Positive, each
 
 
-@merge_method(paper="https://arxiv.org/abs/2602.05536")
+@merge_method(paper="https://arxiv.org/abs/2602.05536", wide=True)
 def svc(
     deltas: Deltas,
     *,

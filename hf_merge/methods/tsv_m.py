@@ -7,7 +7,7 @@ from hf_merge.ops.spectral import Conv, joined, orthogonalised, per_matrix, svd
 from hf_merge.types import Deltas, Merged
 
 
-@merge_method(paper="https://arxiv.org/abs/2412.00081")
+@merge_method(paper="https://arxiv.org/abs/2412.00081", wide=True)
 def tsv_m(deltas: Deltas, *, conv: Conv = "average") -> Merged:
     """Give each task its part of the rank of every matrix, and make their singular vectors orthogonal.
 

@@ -9,7 +9,7 @@ from hf_merge.ops.spectral import Conv, least_interference, per_matrix, undistur
 from hf_merge.types import Count, Deltas, Merged, Positive
 
 
-@merge_method(paper="https://arxiv.org/abs/2503.08099")
+@merge_method(paper="https://arxiv.org/abs/2503.08099", wide=True)
 def wudi(
     deltas: Deltas,
     *,
