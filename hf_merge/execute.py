@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_merge.errors import ComputeError, MergeError
 from hf_merge.method import LAMBDA, get_method
-from hf_merge.planning import Plan, Step, compute_dtype, default_workers, memory_on_device
+from hf_merge.planning import FirstPass, Plan, Step, compute_dtype, default_workers, memory_on_device
 from hf_merge.staging import Lane, Lanes, open_lane
 from hf_merge.types import Stack, TensorSpec
 
@@ -67,6 +67,7 @@ def execute(
     Raises:
         ComputeError: a tensor cannot be merged; it names tensor and method. Other threads stop first.
     """
+    plan = with_first_pass(plan, sources, lambda name: not skip(name))
     steps = [step for step in plan.by_file if not skip(step.name)]
     torch.empty(_KEPT, dtype=torch.uint8)  # never touched; once it is freed, glibc keeps freed blocks up to this size
     lanes = Lanes(plan.budgets)
@@ -91,6 +92,62 @@ def execute(
             stop.set()
             stopped()
             raise
+
+
+def with_first_pass(plan: Plan, sources: Sequence[Tensors], wanted: Callable[[str], bool] = lambda name: True) -> Plan:
+    """Compute the numbers over a whole model that the methods of a plan need, and return the plan with them.
+
+    Always on the CPU, in one thread and in one order: the numbers do not depend on where and by how many processes
+    the rest is merged. Memory is bounded by that of a tile.
+
+    Args:
+        plan: what will be merged.
+        sources: the plan's models, in its order.
+        wanted: tells which tensors will be merged at all.
+    """
+    known: dict[str, Mapping[str, Any]] = {}
+    for one in plan.passes:
+        if any(map(wanted, one.tensors)):
+            known |= dict.fromkeys(one.tensors, _first_pass(plan, one, sources))
+    steps = (replace(step, known=known[step.name]) if step.name in known else step for step in plan.steps)
+    return replace(plan, steps=tuple(steps)) if known else plan
+
+
+def _first_pass(plan: Plan, one: FirstPass, sources: Sequence[Tensors]) -> Mapping[str, Any]:
+    logger.info("First pass: %s.", one)
+    stop = Event()
+    tiles = _WholeModel(plan, one.steps, sources, stop)
+    with kept_threads(), ThreadPoolExecutor(1, initializer=_one_thread) as pool:
+        try:
+            return pool.submit(get_method(one.method).before, tiles, one.steps[0].settings).result()
+        finally:
+            stop.set()  # an error or Ctrl-C: the thread ends at the next tile
+
+
+@dataclass
+class _WholeModel:
+    """The tiles of many tensors, one after the other, as if they were one; as often as they are asked for."""
+
+    plan: Plan
+    steps: Sequence[Step]
+    sources: Sequence[Tensors]
+    stop: Event
+
+    @property
+    def numel(self) -> int:
+        return sum(step.spec.numel for step in self.steps)
+
+    def __iter__(self) -> Iterator[Stack]:
+        lane, first = Lane(), 0
+        for step in self.steps:
+            try:
+                for tile in _inputs(self.plan, step, self.sources, lane, whole=False):
+                    if self.stop.is_set():
+                        raise RuntimeError("the merge has ended")
+                    yield Stack(tile, start=first + tile.start, base=tile.base)
+            except (ArithmeticError, ValueError, RuntimeError, ComputeError) as error:
+                raise ComputeError(f"'{step.name}' by '{step.method}': {error}.") from error
+            first += step.spec.numel
 
 
 def compute(
@@ -254,19 +311,13 @@ def _ran_out(error: Exception) -> bool:
 def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], lane: Lane) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor of floats: reductions first, then tile by tile."""
     method = get_method(str(step.method))
+    if step.known is None and method.over_model(step.settings):
+        raise RuntimeError("its first pass was not made")
     tiled = method.tiled(step.settings)
-    flat: Sequence[Tensor] = [sources[one.model][one.name].reshape(-1) for one in step.reads]
     several = tiled and step.spec.numel > lane.tile
-    if several and method.reductions:
-        flat = lane.hold(flat)
-    models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
-    labels = [str(plan.models[one.model]) for one in step.reads]
-    inputs = _Inputs(
-        models, base, labels, method.space == "deltas", not tiled, step, lane,
-        not plan.recipe.allow_nonfinite,
-    )  # fmt: skip
+    inputs = _inputs(plan, step, sources, lane, whole=not tiled, held=bool(several and method.reductions))
     tiles = inputs if several else list(inputs)
-    reduced = method.reduce(tiles, step.settings)
+    reduced = method.reduce(tiles, step.settings, step.known)
     for tile in tiles:
         merged = method.run(tile, reduced, step.settings)
         if method.space == "deltas" and tile.base is not None:
@@ -275,6 +326,18 @@ def _merged(plan: Plan, step: Step, sources: Sequence[Tensors], lane: Lane) -> I
         if not plan.recipe.allow_nonfinite and not _finite(rounded):
             raise ComputeError("the result has NaN or Inf; set allow_nonfinite: true to let it pass")
         yield tile.start, rounded
+
+
+def _inputs(
+    plan: Plan, step: Step, sources: Sequence[Tensors], lane: Lane, *, whole: bool, held: bool = False
+) -> _Inputs:
+    """Open the inputs of a step: as whole tensors or as tiles, held on the device if they are read several times."""
+    flat: Sequence[Tensor] = [sources[one.model][one.name].reshape(-1) for one in step.reads]
+    flat = lane.hold(flat) if held else flat
+    models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
+    labels = [str(plan.models[one.model]) for one in step.reads]
+    deltas = get_method(str(step.method)).space == "deltas"
+    return _Inputs(models, base, labels, deltas, whole, step, lane, not plan.recipe.allow_nonfinite)
 
 
 def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:

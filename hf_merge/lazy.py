@@ -17,11 +17,30 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hf_merge.execute import compute, kept_threads
+from hf_merge.execute import compute, kept_threads, with_first_pass
 from hf_merge.planning import Plan, Step, default_workers, working_memory
 from hf_merge.sources.base import Source
 from hf_merge.staging import open_lane
 from hf_merge.types import DTYPE_NAMES, TensorSpec
+
+
+class Ready:
+    """The steps of a plan with the numbers of its first pass, which is made when the first of them is asked for.
+
+    Args:
+        plan: what the steps are of.
+        sources: the plan's models, in its order.
+    """
+
+    def __init__(self, plan: Plan, sources: Sequence[Source]):
+        self._plan, self._sources, self._guard = plan, sources, Lock()
+        self._steps: dict[str, Step] = {}
+
+    def step(self, name: str) -> Step:
+        """Return the step of a tensor."""
+        with self._guard:
+            self._steps = self._steps or {s.name: s for s in with_first_pass(self._plan, self._sources).steps}
+        return self._steps[name]
 
 
 class LazyMerge(Source):
@@ -40,13 +59,14 @@ class LazyMerge(Source):
         self.parents = dict(zip(plan.models, sources, strict=True))
         self._sources = list(sources)
         self._steps = {step.name: step for step in plan.steps}
+        self._ready = Ready(plan, sources)
 
     @property
     def parts(self) -> tuple[Source, ...]:
         return tuple(part for source in self._sources for part in source.parts)
 
     def __getitem__(self, name: str) -> Tensor:
-        return compute(self.plan, self._steps[name], self._sources)
+        return compute(self.plan, self._ready.step(name), self._sources)
 
     def bytes_read(self, name: str) -> int:
         return sum(self._sources[one.model].bytes_read(one.name) for one in set(self._steps[name].reads))
@@ -142,18 +162,18 @@ class Mergers:
 
     def __init__(self, plan: Plan, sources: Sequence[Source], stop: Event):
         self._plan, self._sources, self._stop = plan, sources, stop
-        self._steps = {step.name: step for step in plan.steps}
+        self._specs, self._ready = plan.specs, Ready(plan, sources)
         self._pools: dict[torch.device, ThreadPoolExecutor] = {}
         self._mine, self._guard, self._ending = local(), Lock(), ExitStack()
 
     def slices(self, names: Iterable[str]) -> dict[str, MergedSlice]:
         """Return tensors that are merged when they are read."""
-        return {name: MergedSlice(name, self._steps[name].spec, self.merge) for name in names}
+        return {name: MergedSlice(name, self._specs[name], self.merge) for name in names}
 
     def merge(self, name: str, index: Any, device: Any) -> Tensor:
         """Return a tensor, or a part of it, on a device."""
         where = torch.device(device)
-        step = replace(self._steps[name], device=str(where))
+        step = replace(self._ready.step(name), device=str(where))
         return self._pool(where).submit(self._compute, step, index).result()
 
     def _compute(self, step: Step, index: Any) -> Tensor:

@@ -9,7 +9,8 @@ Positional arguments are tensors, keyword-only arguments are parameters:
     models | deltas     first: the space it works in, weights or task vectors; or
     factors             the factors of LoRA adapters (hf_merge.ops.factors)
     base                the base model's weight (`Tensor`: required; `Tensor | None`: optional)
-    name: Annotated[.., Reduced(f)]   a number about the whole tensor, computed by f(tiles, *, ...) beforehand
+    name: Annotated[.., Reduced(f)]   a number about the whole tensor, computed by f(tiles, *, ...) beforehand;
+                        with over="model" about the whole model, computed in a first pass
     *, parameter        annotation = type and range; `PerModel[..]` = one value for each model; `Seed` = randomness
 
 What a signature cannot say, the decorator does: how many models (`models=`, `min_models=`), whether tiles will do
@@ -82,6 +83,8 @@ class Parameter:
             return f"number in [{schema['minimum']:g}, {schema['maximum']:g}]"
         if "exclusiveMinimum" in schema:
             return f"number > {schema['exclusiveMinimum']:g}"
+        if schema.get("type") == "number" and "minimum" in schema:
+            return f"number >= {schema['minimum']:g}"
         kinds = [str(part.get("type", "any")) for part in schema.get("anyOf", [schema])]
         return " | ".join({"boolean": "true | false", "null": "none"}.get(kind) or kind for kind in kinds)
 
@@ -103,10 +106,12 @@ class MergeMethod:
         count: exactly how many models it merges (base excluded), or None for any number from `least` on.
         least: how many models it merges at least.
         parameters: its parameters by name.
-        reductions: numbers about the whole tensor that it needs, in order.
+        reductions: numbers about the whole tensor or the whole model that it needs, in order.
         seeded: name of the parameter that gets the seeds, if the method is random.
         elementwise: whether each output entry depends on the same entry of the inputs only, so that it
             may run on tiles; a function if that depends on parameters, see `tiled`.
+        ordered: whether the order of the models matters, as it does where a later one wins.
+        wide: whether it computes in float64, whatever the dtype of the weights; it takes more memory then.
         check: complains about values that do not go together.
         ignored: names that MergeKit's recipes may give and that have no effect.
         paper: where it comes from.
@@ -120,9 +125,11 @@ class MergeMethod:
     count: int | None
     least: int
     parameters: Mapping[str, Parameter]
-    reductions: Mapping[str, Callable[..., Any]]
+    reductions: Mapping[str, Reduced]
     seeded: str | None
     elementwise: bool | Callable[..., bool]
+    ordered: bool
+    wide: bool
     check: Callable[..., None] | None
     ignored: tuple[str, ...]
     paper: str
@@ -140,7 +147,8 @@ class MergeMethod:
                 base, which is not done here.
 
         Returns:
-            A tensor of their shape and dtype; 16-bit floats are computed in float32.
+            A tensor of their shape and dtype; 16-bit floats are computed in float32. Numbers over a whole model are
+            those of these tensors alone.
 
         Raises:
             ParameterError: a parameter, the number of models, their shapes or a missing base.
@@ -227,11 +235,33 @@ class MergeMethod:
             f"{did_you_mean(name, [*self.parameters, self.seeded or ''])}"
         )
 
-    def reduce(self, tiles: Iterable[Stack], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute the method's reductions over all tiles of one tensor."""
+    def reduce(
+        self, tiles: Iterable[Stack], settings: Mapping[str, Any], known: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Compute the method's reductions over all tiles of one tensor, but for those that are known."""
         found: dict[str, Any] = {}
-        for name, by in self.reductions.items():
-            found[name] = _by_name(by, {**settings, **found}, tiles)
+        for name, reduction in self.reductions.items():
+            already = known or {}
+            found[name] = already[name] if name in already else _by_name(reduction.by, {**settings, **found}, tiles)
+        return found
+
+    def over_model(self, settings: Mapping[str, Any]) -> list[str]:
+        """Name the reductions that go over the whole model with these parameters.
+
+        None of these may ask for one over a tensor: all of them are computed in one go before.
+        """
+        return [name for name, one in self.reductions.items() if _over(one, settings) == "model"]
+
+    def asked_over_model(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters that the reductions over the whole model depend on."""
+        asked = {one for name in self.over_model(settings) for one in _keywords(self.reductions[name].by)}
+        return {name: settings[name] for name in sorted(asked & settings.keys())}
+
+    def before(self, tiles: Iterable[Stack], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute the reductions over the whole model, of which these are all tiles."""
+        found: dict[str, Any] = {}
+        for name in self.over_model(settings):
+            found[name] = _by_name(self.reductions[name].by, {**settings, **found}, tiles)
         return found
 
     def run(self, stack: Stack, reduced: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor:
@@ -247,6 +277,8 @@ def merge_method(
     elementwise: bool | Callable[..., bool] = False,
     models: int | None = None,
     min_models: int = 1,
+    ordered: bool = False,
+    wide: bool = False,
     check: Callable[..., None] | None = None,
     ignored: Sequence[str] = (),
     name: str | None = None,
@@ -259,6 +291,8 @@ def merge_method(
             depends on parameters, a function of them.
         models: exactly how many models it merges, base excluded; any number if not given.
         min_models: how many at least.
+        ordered: the order of the models matters.
+        wide: it computes in float64.
         check: gets the parameters it names and raises ValueError where they do not go together.
         ignored: parameters that MergeKit's recipes may give it and that have no effect.
         name: if not the function's.
@@ -268,8 +302,9 @@ def merge_method(
     """
 
     def register(fn: Callable[..., Tensor]) -> MergeMethod:
-        words = {"paper": paper, "elementwise": elementwise, "check": check, "ignored": tuple(ignored)}
+        words: dict[str, Any] = {"paper": paper, "elementwise": elementwise, "ordered": ordered, "check": check}
         counts = {"count": models, "least": models or min_models}
+        words |= {"wide": wide, "ignored": tuple(ignored)}
         return _registered(_read_signature(fn, name=name or fn.__name__, **words, **counts))
 
     return register
@@ -320,7 +355,7 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     space, *others = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY] or [""]
     if space not in ("models", "deltas", "factors"):
         raise TypeError(f"The first argument of '{name}' must be called models, deltas or factors, not '{space}'.")
-    reductions = {other: mark.by for other in others if (mark := _mark(hints[other], Reduced))}
+    reductions = {other: mark for other in others if (mark := _mark(hints[other], Reduced))}
     if unknown := [other for other in others if other != "base" and other not in reductions]:
         raise TypeError(f"'{name}' takes tensors it does not explain: {', '.join(unknown)}.")
     if not 0 < len(doc["summary"]) <= SUMMARY_LENGTH:
@@ -346,6 +381,10 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
         notes=doc["notes"],
         **words,
     )
+
+
+def _over(reduction: Reduced, settings: Mapping[str, Any]) -> Any:
+    return _by_name(reduction.over, settings) if callable(reduction.over) else reduction.over
 
 
 def _parameter(argument: inspect.Parameter, hint: Any, doc: Mapping[str, Any]) -> Parameter:

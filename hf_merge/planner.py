@@ -17,8 +17,9 @@ from hf_merge.checking import idle_parameters
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
 from hf_merge.findings import Findings
-from hf_merge.method import MergeMethod, get_method
+from hf_merge.method import LAMBDA, MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
+from hf_merge.passes import first_passes
 from hf_merge.planning import (
     MAX_SHARD_SIZE,
     SINGLE_FILE,
@@ -26,6 +27,7 @@ from hf_merge.planning import (
     Plan,
     Problem,
     Step,
+    compute_dtype,
     default_workers,
     most_common_dtype,
     working_memory,
@@ -57,6 +59,7 @@ def make_plan(
     steps = tuple(planner.step(target) for target in planner.outline.targets())
     specs = {step.name: step.spec for step in steps}
     config, doubts = planner.config(specs)
+    passes = first_passes(steps, dtype=planner.precision, bytes_read=planner.bytes_read, tied=planner.donor.shared)
     return Plan(
         recipe=recipe,
         models=tuple(sources),
@@ -66,8 +69,9 @@ def make_plan(
         shards=_lay_out(specs, max_shard_size, planner.donor.folders),
         problems=tuple(sorted((*problems, *planner.problems(), *doubts), key=lambda one: one.severity != "error")),
         stacks=planner.outline.stacks,
-        bytes_read=sum(planner.bytes_read(step) for step in steps),
+        bytes_read=sum(planner.bytes_read(step) for step in steps) + sum(one.bytes_read for one in passes),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
+        passes=passes,
     )
 
 
@@ -191,6 +195,8 @@ class _Planner:
             values = [resolve_first(scope, parameter.name, name, target.depth) for scope, name in each]
             values = [parameter.default if v is UNSET else parameter.check(v, method.name) for v in values]
             settings[parameter.name] = values if parameter.per_model else values[0]
+        if self.recipe.lines and LAMBDA.name in settings:
+            settings[LAMBDA.name] *= self.recipe.lines.at(target.depth)
         if method.seeded:
             settings[method.seeded] = self._seeds(target, models, names)
         return method.checked(settings)
@@ -220,6 +226,10 @@ class _Planner:
         """Bytes of a step's inputs, its base among them."""
         return sum(self.sources[one.model].bytes_read(one.name) for one in set(step.reads))
 
+    def precision(self, step: Step) -> torch.dtype:
+        """The dtype of a step's arithmetic."""
+        return compute_dtype([self.sources[one.model].specs[one.name].dtype for one in step.reads] + [step.spec.dtype])
+
     def memory(self, step: Step) -> int:
         """Estimate the bytes that a step takes beside mapped files and its output."""
         return working_memory(step) + sum(self.sources[one.model].bytes_held(one.name) for one in set(step.reads))
@@ -240,6 +250,8 @@ class _Planner:
             yield from self.findings.dropped([name for name in self.donor.specs if name not in self.planned])
         yield from self.findings.problems(rearranged=bool(self.outline.stacks))
         yield from (Problem("warning", text) for text in self.outline.warnings)
+        if self.recipe.lines and not any(LAMBDA.name in cast.method.parameters for cast in self.casts.values()):
+            yield Problem("error", f"lines: scales task vectors, and '{self.recipe.merge_method}' has none: drop it.")
         for name, method in idle_parameters(self.recipe):
             yield Problem("warning", f"'{name}' has no effect: '{method}' has no such parameter.")
         for rule in self.recipe.rules:

@@ -85,6 +85,7 @@ class Step:
         settings: the method's parameters as plain numbers for this tensor.
         spec: shape and dtype that are written.
         device: where it is computed.
+        known: what the first pass found, once that was made: the method's numbers over the whole model.
     """
 
     name: str
@@ -94,11 +95,35 @@ class Step:
     settings: Mapping[str, Any]
     spec: TensorSpec
     device: str = "cpu"
+    known: Mapping[str, Any] | None = None
 
     @property
     def reads(self) -> tuple[Input, ...]:
         """All that is read, the base last."""
         return self.inputs if self.base is None else (*self.inputs, self.base)
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """Tensors that are read beforehand, as a method needs numbers over all of them.
+
+    Attributes:
+        method: whose numbers they are.
+        numbers: their names.
+        steps: of the tensors that are read, in order.
+        tensors: names of those that the numbers are for.
+        bytes_read: of the inputs, each read once; to find a threshold they are read two or three times.
+    """
+
+    method: str
+    numbers: tuple[str, ...]
+    steps: tuple[Step, ...]
+    tensors: tuple[str, ...]
+    bytes_read: int
+
+    def __str__(self) -> str:
+        what = f"{' and '.join(self.numbers)} of {self.method}"
+        return f"{what} over {len(self.steps)} tensors, {format_bytes(self.bytes_read)}"
 
 
 @dataclass(frozen=True)
@@ -165,12 +190,13 @@ class Plan:
         shards: names of the output files, each with its tensors in the order of the file.
         stacks: for each stack of layers that is rearranged the model and the layer there that each layer is of.
         problems: what was found.
-        bytes_read: of all inputs, each read once.
+        bytes_read: of all inputs, each read once, and once more by a first pass.
         peak_memory: bytes of working memory, an upper estimate.
         facts: what is known of every model, if `hf_merge.plan` was asked.
         seconds: estimates of what takes time, by what takes it: `network`, `disk`, `arithmetic`.
         budgets: bytes of working memory that all tensors together may take at a time, by device; no bound for others.
         adapter: what is written of it as an adapter, in words; nothing for a model.
+        passes: what is read before the first tensor is merged.
     """
 
     recipe: Recipe
@@ -187,6 +213,7 @@ class Plan:
     seconds: Mapping[str, float] = field(default_factory=dict)
     budgets: Mapping[str, int] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
+    passes: tuple[FirstPass, ...] = ()
 
     def layers(self, name: Callable[[Ref], str] = str) -> list[str]:
         """Say where rearranged layers come from: `model.layers: 48, like 0-23 of org/a, 8-31 of org/b`."""
@@ -249,6 +276,10 @@ class Plan:
             "models": [str(model) for model in self.models],
             "config_and_tokenizer_from": str(self.models[self.donor]),
             "tensors": [_step_to_dict(step) for step in self.steps],
+            "first_passes": [
+                {"method": one.method, "numbers": one.numbers, "tensors": one.tensors, "bytes_read": one.bytes_read}
+                for one in self.passes
+            ],
             "shards": {name: list(tensors) for name, tensors in self.shards.items()},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -278,8 +309,9 @@ def working_memory(step: Step, tile: int = TILE) -> int:
     """Estimate the bytes that computing a step in tiles of so many elements takes beside its inputs and its output."""
     if step.method is None:
         return 0
-    elements = min(step.spec.numel, tile) if get_method(step.method).tiled(step.settings) else step.spec.numel
-    temporaries = 2 * len(step.inputs) + 4
+    method = get_method(step.method)
+    elements = min(step.spec.numel, tile) if method.tiled(step.settings) else step.spec.numel
+    temporaries = (2 * len(step.inputs) + 4) * (2 if method.wide else 1)
     return elements * (len(step.reads) + temporaries) * compute_dtype([step.spec.dtype]).itemsize
 
 
@@ -317,7 +349,7 @@ def most_common_dtype(specs: Iterable[TensorSpec]) -> torch.dtype | None:
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
     spec = {"shape": list(step.spec.shape), "dtype": str(step.spec.dtype).removeprefix("torch.")}
-    return {**{f.name: getattr(step, f.name) for f in fields(step)}, "spec": spec}
+    return {**{f.name: getattr(step, f.name) for f in fields(step) if f.name != "known"}, "spec": spec}
 
 
 def _describe(plan: Plan) -> Iterator[str]:
@@ -338,6 +370,7 @@ def _describe(plan: Plan) -> Iterator[str]:
         **({"layers": "; ".join(plan.layers())} if plan.stacks else {}),
         "dtype": str(plan.dtype).removeprefix("torch."),
         **({"download": format_bytes(plan.bytes_downloaded)} if plan.bytes_downloaded else {}),
+        **({"first pass": "; ".join(map(str, plan.passes))} if plan.passes else {}),
         "read": format_bytes(plan.bytes_read),
         **_written_in_words(plan),
         "memory": f"about {format_bytes(plan.peak_memory)} of working memory",

@@ -43,6 +43,7 @@ from hf_merge.method import MergeMethod, get_method
 from hf_merge.schedule import is_filter
 from hf_merge.schema import (
     DType,
+    LayerScaling,
     ModelEntry,
     Models,
     Module,
@@ -80,6 +81,7 @@ class Recipe(Part):
         out_dtype: wins over dtype, as in MergeKit.
         seed: random methods draw from it.
         rules: other methods for some tensors, first match wins.
+        lines: scale task vectors by the depth of their layer, whatever the method: lambda times alpha + beta * depth.
         missing: what happens to a tensor that some model lacks: error, keep the base's, or merge without
             that model.
         keys: which tensors the output has: those of the base (or of the first model); the same, and nothing
@@ -116,6 +118,7 @@ class Recipe(Part):
     out_dtype: DType | None = None
     seed: Annotated[int, Ge(0), Lt(1 << 63)] = 0
     rules: tuple[Rule, ...] = ()
+    lines: LayerScaling | None = None
     missing: Literal["error", "base", "skip-model"] = "error"
     keys: Literal["base", "strict", "intersection", "union"] = "base"
     remap: dict[Pattern, str] = Field(default_factory=dict)
@@ -463,6 +466,7 @@ _OWNERS: dict[Any, type[Part]] = {
     "slices": Slice,
     "modules": Module,
     "rules": Rule,
+    "lines": LayerScaling,
 }
 
 

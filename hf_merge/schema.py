@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from hf_merge.types import InMemory, Model, ModelRef, Ref
+from hf_merge.types import InMemory, Model, ModelRef, Number, Ref
 
 
 def _as_entries(value: Any) -> Any:
@@ -98,6 +98,22 @@ class ModelEntry(Part):
         if value and value[0] >= value[1]:
             raise ValueError("should be [first, end) with first < end")
         return value
+
+
+class LayerScaling(Part):
+    """LiNeS: task vectors grow with the depth of their layer (https://arxiv.org/abs/2410.17146).
+
+    Attributes:
+        alpha: what those of the first layer are multiplied by, and those of tensors outside of layers.
+        beta: how much more it is at the last layer.
+    """
+
+    alpha: Number
+    beta: Number
+
+    def at(self, depth: float) -> float:
+        """Return the factor at a depth of 0 (the first layer) to 1 (the last)."""
+        return self.alpha + self.beta * depth
 
 
 def _whole(entries: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
@@ -22,7 +22,7 @@ class Stack(tuple[Tensor, ...]):
     A whole tensor (`start` 0) or a tile of it: a run of its elements in row-major order.
 
     Attributes:
-        start: index of the first element in its tensor.
+        start: index of the first element in its tensor, or in the whole model if a reduction went over that.
         base: the base model's weight for these elements, if the recipe has a base.
     """
 
@@ -61,12 +61,19 @@ class SeedMark:
 
 @dataclass(frozen=True)
 class Reduced:
-    """Marks an argument that is computed over the whole tensor before the method runs on its tiles.
+    """Marks an argument that is computed beforehand, over a whole tensor or over the whole model.
 
-    `by(tiles, *, ...)` gets the tiles and, by name, the method's parameters and its earlier reductions.
+    `by(tiles, *, ...)` gets the tiles and, by name, the method's parameters and its earlier reductions. Over the model,
+    the tiles are those of all tensors that the method merges with the same parameters, in the order of their names, as
+    if they were one long vector: this is the first pass of a merge.
+
+    Attributes:
+        by: the function.
+        over: `tensor` or `model`; where that depends on parameters, a function of them.
     """
 
     by: Any
+    over: Literal["tensor", "model"] | Callable[..., Any] = "tensor"
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Margin = Annotated[float, Ge(0), Le(0.5)]
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, AllowInfNan(False), Gt(0)]
+NonNegative = Annotated[float, AllowInfNan(False), Ge(0)]
 PerModel = Annotated[Sequence[T], PerModelMark()]
 Seed = Annotated[Sequence[int], SeedMark()]
 

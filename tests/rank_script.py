@@ -47,6 +47,12 @@ def empty(folder):
     return hf_merge.merge(["few.safetensors"], folder / "empty", method="linear")
 
 
+def first_pass(folder):
+    """Numbers over the whole model, which every rank needs and each computes for itself."""
+    words = {"method": "ties", "base_model": "base", "density": 0.3, "scope": "global", "consensus": "sum"}
+    return hf_merge.merge(["a", "b"], folder / "first_pass", max_shard_size="20KB", **words)
+
+
 def resumed(folder):
     return hf_merge.merge(["a", "b"], folder / "killed", method="linear", max_shard_size="20KB", resume=True)
 

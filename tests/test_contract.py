@@ -36,7 +36,7 @@ ENTRIES = [method for method in METHODS if method not in FACTORS]
 """Methods on tensors of any shape; those on factors are about the products of these."""
 SEEDED = [method for method in METHODS if method.seeded]
 ELEMENTWISE = [method for method in METHODS if method.elementwise]
-MANY = [method for method in ENTRIES if method.count is None]
+MANY = [method for method in ENTRIES if method.count is None and not method.ordered]
 ALONE = [method for method in ENTRIES if method.takes(1)]
 WITH_BASE = {"required": (True,), "optional": (True, False), "ignored": (False,)}
 USES = [(m, with_base) for m in METHODS for with_base in (WITH_BASE[m.base] if m in WEIGHTS else (False,))]
@@ -91,6 +91,8 @@ def _good_values(schema: dict, numbers):
         return st.booleans()
     if schema["type"] == "null":
         return st.none()
+    if schema["type"] == "number" and "minimum" in schema and "maximum" not in schema:
+        return st.sampled_from([0.0, 1e-4, 0.3, 1.0, 50.0]).map(lambda step: schema["minimum"] + step)
     if "exclusiveMinimum" in schema:
         return st.sampled_from([1e-4, 0.3, 1.0, 50.0]).map(lambda step: schema["exclusiveMinimum"] + step)
     if schema["type"] == "integer":

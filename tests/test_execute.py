@@ -177,14 +177,15 @@ def watch():
         peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
 folder, out, method = sys.argv[1:]
-hf_merge.merge([folder + "/a.safetensors"], out, method=method, base_model=folder + "/base.safetensors",
-               **({"density": 0.3} if method != "slerp" else {}))
+words = {"slerp": {}, "globally": {"scope": "global", "density": 0.3}, "pcb": {}}.get(method, {"density": 0.3})
+hf_merge.merge([folder + "/a.safetensors"], out, method={"globally": "ties"}.get(method, method),
+               base_model=folder + "/base.safetensors", **words)
 stop.append(1); thread.join()
 print((peak[0] - before) // 1024)
 """
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp", "globally", "pcb"])
 def test_peak_memory_depends_neither_on_the_tensor_nor_on_the_model(method, tmp_path):
     peaks = []
     for tensors in (3, 9):  # every worker is busy in both

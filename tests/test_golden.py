@@ -1,4 +1,6 @@
-"""Outputs of MergeKit 0.1.5 on small fixed inputs, read from beside the checkout where they are at hand."""
+"""Outputs of MergeKit 0.1.5 and of papers' released code, read from beside the checkout where they are at hand."""
+
+import json
 
 import pytest
 import torch
@@ -34,3 +36,74 @@ def one_bfloat16_step(key):
     """MergeKit rounds the inputs to bfloat16 first, so it is off by a step of the largest input."""
     inputs = [load_file(MERGEKIT / "models" / name / "model.safetensors")[key].abs() for name in ("a", "b")]
     return 2.0**-7 * torch.maximum(*inputs)
+
+
+# papers
+
+PAPERS = GOLDEN / "papers"
+KEPT = {"merge_method": "task_arithmetic", "parameters": {"weight": 0.0}}
+SUMMED = {"merge_method": "task_arithmetic"}
+TIES = {"method": "ties", "scope": "global"}
+
+PUBLISHED = {
+    ("magmax", "merged_tv"): {"method": "magmax"},
+    ("tsv_iso_hfvit5", "tsv_m"): {"method": "tsv_m"},
+    ("tsv_iso_hfvit5", "iso_c"): {"method": "iso_c"},
+    ("tsv_iso_hfvit5", "iso_cts"): {"method": "iso_cts", "common_space_fraction": 0.8},
+    ("ties_hfvit5", "dis-mean"): {**TIES, "density": 0.2, "consensus": "mean", "lambda_": 1.0},
+    ("ties_hfvit5", "dis-sum"): {**TIES, "density": 0.2, "consensus": "sum", "lambda_": 0.3},
+    ("ties_hfvit5", "dis-max"): {**TIES, "density": 0.2, "consensus": "max", "lambda_": 0.3},
+    # keeps int(0.8 d) entries of d = 60416 out, one fewer than d - int(0.2 d); classifiers do not count
+    ("ties_mergelm_roberta3", ""): {
+        **TIES, "density": 12084 / 60416, "lambda_": 0.9, "rules": [{"pattern": "classifier", **KEPT}],
+    },
+    ("weight_average", ""): {"method": "linear", "base_model": None},
+    ("fr_roberta", ""): {"method": "fr", "variant": "reference", "filter_ratio": 0.7, "lambda_": 0.5},
+    ("fr_vit30", "merged_0.15"): {  # biases of attention and MLPs are added up, all other vectors stay
+        "method": "fr", "variant": "reference", "filter_ratio": 0.7, "with_align": False, "lambda_": 0.15,
+        "rules": [{"pattern": "*dense.bias", **SUMMED}, {"pattern": "*.attention.attention.*.bias", **SUMMED}],
+    },
+}  # fmt: skip
+"""By file and prefix of the keys there: how the same is asked of this library."""
+
+VECTORS = {"merged_tv", "tsv_m", "iso_c", "iso_cts"}
+"""Prefixes under which there are merged task vectors, not weights."""
+
+
+def inputs(name):
+    """Return the base and the fine-tunes of a file of inputs."""
+    states = {}
+    for key, tensor in load_file(PAPERS / f"{name}.safetensors").items():
+        model, _, key = key.partition("/")
+        states.setdefault(model, {})[key] = tensor
+    base = states.pop("base")
+    return base, [states[model] for model in sorted(states)]
+
+
+@pytest.mark.skipif(not PAPERS.is_dir(), reason="no golden data beside the checkout")
+@pytest.mark.parametrize(("name", "prefix"), PUBLISHED, ids=lambda part: part or "all")
+def test_methods_give_what_the_papers_code_gives(name, prefix):
+    base, models = inputs(json.loads((PAPERS / f"{name}.json").read_text())["inputs"][0])
+    merged = hf_merge.merge_state_dicts(models, **{"base_model": base, **PUBLISHED[name, prefix]})
+    tolerance = 5e-6 if name.startswith("tsv") else 5e-7
+    published = load_file(PAPERS / f"{name}.safetensors")
+    keys = [key for key in published if key.startswith(prefix and f"{prefix}/") and "__" not in key]
+    assert keys
+    for key in keys:
+        tensor, found = published[key].double(), merged[key.removeprefix(f"{prefix}/")].double()
+        expected = base[key.removeprefix(f"{prefix}/")].double() + tensor if prefix in VECTORS else tensor
+        assert found.shape == expected.shape, key
+        assert float((found - expected).abs().max()) <= tolerance, key
+
+
+@pytest.mark.skipif(not PAPERS.is_dir(), reason="no golden data beside the checkout")
+@pytest.mark.parametrize("model", range(2))
+def test_the_released_filter_gives_the_released_vectors(model):
+    base, models = inputs("inputs_hfvit5")
+    filtered = {key: one for key, one in load_file(PAPERS / "fr_vit30.safetensors").items()
+                if key.startswith(f"filtered{model}/")}  # fmt: skip
+    assert len(filtered) == 12
+    for key, expected in filtered.items():
+        name = key.partition("/")[2]
+        found = hf_merge.get_method("fr")([models[model][name] - base[name]], variant="reference")
+        assert float((found - expected).abs().max()) <= 5e-7, key

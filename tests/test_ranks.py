@@ -23,7 +23,7 @@ from tests.conftest import save_llamas
 
 SCRIPT = Path(rank_script.__file__)
 ROOT = SCRIPT.parents[1]
-EQUAL = "several,single,file,modules,in_memory,empty"
+EQUAL = "several,single,file,modules,in_memory,empty,first_pass"
 NAMES = [name for group in launching._VARIABLES.values() for name in group if name]
 
 
@@ -106,7 +106,7 @@ def left(folder):
 
 
 def assert_equal(folder, alone):
-    for name in ("several", "single", "modules", "in_memory", "empty", "merged.safetensors"):
+    for name in ("several", "single", "modules", "in_memory", "empty", "first_pass", "merged.safetensors"):
         assert files(folder / name) == files(alone / name), name
 
 

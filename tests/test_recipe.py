@@ -425,7 +425,7 @@ def test_errors_of_a_file_name_the_file(tmp_path):
 # misspelt
 
 
-OF_TIES = "(it has: weight, density, normalize, rescale, lambda)"
+OF_TIES = "(it has: weight, density, normalize, rescale, scope, consensus, lambda)"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,14 +41,16 @@ def linear_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize:
     return divide_(total, divisor) if normalize and abs(divisor) >= 1e-8 and divisor != 1 else total
 
 
-def disjoint_sum(tensors: Sequence[Tensor], weight: Sequence[float], *, normalize: bool) -> Tensor:
+def disjoint_sum(
+    tensors: Sequence[Tensor], weight: Sequence[float], *, normalize: bool, undecided: float = 1.0
+) -> Tensor:
     """Elect a sign for each entry, then sum only the weighted entries that have it.
 
-    The elected sign is that of the weighted sum, a sum of zero counting as positive. With `normalize` each
+    The elected sign is that of the weighted sum, a sum of zero having the sign `undecided`. With `normalize` each
     entry is divided by the weights that took part (by 1 where they sum to 0), which is TIES' disjoint mean.
     """
     weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
-    elected = _elected_sign(weighted)
+    elected = _elected_sign(weighted, undecided)
     ones, shares = [1.0] * len(weighted), weight if normalize else [0.0] * len(weighted)
     total, divisor = _sum_of_agreeing(weighted, elected, ones, shares)
     return total.div_(divisor.add_(torch.eq(divisor, 0, out=elected))) if normalize else total
@@ -62,10 +65,29 @@ def disjoint_mean(tensors: Sequence[Tensor], share: Sequence[float]) -> Tensor:
     return total.div_(divisor.clamp_(min=1e-6))
 
 
-def _elected_sign(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sign of the sum as 1 or -1, zero counting as positive."""
+def disjoint_max(tensors: Sequence[Tensor], weight: Sequence[float], *, undecided: float = 1.0) -> Tensor:
+    """Elect a sign for each entry as `disjoint_sum` does, then keep the largest of the entries that have it."""
+    weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
+    elected = _elected_sign(weighted, undecided)
+    most = torch.zeros_like(elected)
+    for tensor in weighted:
+        torch.maximum(most, tensor.mul(elected), out=most)
+    return most.mul_(elected)
+
+
+def majority_sign(tensors: Iterable[Sequence[Tensor]]) -> float:
+    """Return the sign that most of the sums of tensors have, over all tiles; a draw is negative."""
+    balance = 0
+    for tile in tensors:
+        balance += int(weighted_sum(tile, [1.0] * len(tile)).sign_().sum(dtype=torch.float64))
+    return 1.0 if balance > 0 else -1.0
+
+
+def _elected_sign(tensors: Sequence[Tensor], undecided: float = 1.0) -> Tensor:
+    """Return the sign of the sum as 1 or -1, `undecided` where that is zero."""
     # Masks are floats, 0 or 1: torch's boolean masks cost ten to fifty times as much.
-    return weighted_sum(tensors, [1.0] * len(tensors)).ge_(0).mul_(2).sub_(1)
+    total = weighted_sum(tensors, [1.0] * len(tensors))
+    return (total.ge_(0) if undecided > 0 else total.gt_(0)).mul_(2).sub_(1)
 
 
 def _sum_of_agreeing(
@@ -110,3 +132,36 @@ def overlap_sum(deltas: Sequence[Tensor], masks: Sequence[Tensor], *, alone: Seq
     for delta, mask, factor in zip(deltas, masks, alone, strict=True):
         total.add_(delta * mask * (average + lone * factor))
     return total
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """Return for each entry the one of largest magnitude, the last among equals."""
+    kept = tensors[0].clone()
+    for tensor in tensors[1:]:
+        kept = torch.where(tensor.abs() >= kept.abs(), tensor, kept)
+    return kept
+
+
+def localised(deltas: Sequence[Tensor], total: Tensor, share: Sequence[float]) -> list[Tensor]:
+    """Mark (by 1, else 0) the entries of each task vector that outweigh a share of all the others together."""
+    return [d.abs().gt((total - d).abs_().mul_(s)).to(d.dtype) for d, s in zip(deltas, share, strict=True)]
+
+
+def magnitude_shares(tiles: Tiles) -> list[float]:
+    """Return each model's share of the mean magnitudes of all; equal ones where nothing changed."""
+    found = [[float(t.abs().sum(dtype=torch.float64)) for t in tile] for tile in tiles]
+    sums = [math.fsum(parts) for parts in zip(*found, strict=True)]
+    return [one / math.fsum(sums) if any(sums) else 1 / len(sums) for one in sums]
+
+
+def to_the_largest(tensors: Sequence[Tensor]) -> list[float]:
+    """Say by what to multiply each tensor so that all have the largest mean magnitude among them; zeros stay."""
+    sums = [float(t.abs().sum(dtype=torch.float64)) if not t.is_meta else 1.0 for t in tensors]
+    return [max(sums) / one if one else 1.0 for one in sums]
+
+
+def energy_of_all(tiles: Tiles) -> list[float]:
+    """Return each model's share of the sum of all squares; equal ones where nothing changed."""
+    squares = [[float(t.to(torch.float64).square().sum()) for t in tile] for tile in tiles]
+    sums = [math.fsum(parts) for parts in zip(*squares, strict=True)]
+    return [one / math.fsum(sums) if any(sums) else 1 / len(sums) for one in sums]

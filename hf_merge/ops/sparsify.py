@@ -60,6 +60,23 @@ def magnitude_thresholds(tiles: Tiles, *, density: Sequence[float]) -> list[Thre
     return [found.get(i, KEEP_ALL if d > 0 else KEEP_NONE) for i, d in enumerate(density)]
 
 
+def magnitude_levels(tiles: Tiles, *, density: Sequence[float]) -> list[Threshold]:
+    """Find, for every model, the magnitude of rank int(density * N) + 1: it is kept, with all that equal it.
+
+    Args:
+        tiles: all tensors of every model, as one.
+        density: fraction to keep, one for each model; >= 1 keeps all, <= 0 none.
+    """
+    ranks: Ranks = {i: partial(_one_more, d) for i, d in enumerate(density) if 0 < d < 1}
+    levels, _, _ = _selected(tiles, ranks)
+    found = {i: Threshold(bits, _TO_THE_END) for i, bits in levels.items()}
+    return [found.get(i, KEEP_ALL if d > 0 else KEEP_NONE) for i, d in enumerate(density)]
+
+
+def _one_more(density: float, size: int) -> int:
+    return int(density * size) + 1
+
+
 @dataclass(frozen=True)
 class Band:
     """Which magnitudes of a tensor are kept: those above `lower` that are not above `upper`."""
@@ -180,6 +197,14 @@ def trim(deltas: Stack, cut: Sequence[Threshold], factors: Sequence[float]) -> l
     return [_scaled(keep_largest(d, c, deltas.start), f) for d, c, f in zip(deltas, cut, factors, strict=True)]
 
 
+def trimmed(
+    tiles: Tiles, cut: Sequence[Threshold], factors: Sequence[float], weight: Sequence[float]
+) -> Iterator[list[Tensor]]:
+    """Yield the trimmed, rescaled and weighted tiles of all task vectors."""
+    for tile in tiles:
+        yield [kept * w for kept, w in zip(trim(tile, cut, factors), weight, strict=True)]
+
+
 def trim_both(deltas: Stack, bands: Sequence[Band], factors: Sequence[float]) -> list[Tensor]:
     """Keep a band of every task vector's entries and rescale them."""
     return [_scaled(keep_band(d, b, deltas.start), f) for d, b, f in zip(deltas, bands, factors, strict=True)]
@@ -246,7 +271,7 @@ def variance_threshold(tiles: Tiles, *, select_topk: float) -> Threshold:
     """Find the cut that keeps the fraction `select_topk` of those entries that vary between the models at all."""
     if select_topk >= 1:
         return KEEP_ALL
-    spread = _Derived(tiles, variance)
+    spread = Derived(tiles, lambda tile: [variance(tile)])
     varying = sum(int(tile[0].count_nonzero()) for tile in spread)
     return _kth_largest(spread, {0: lambda size: int(varying * select_topk)}).get(0, KEEP_NONE)
 
@@ -295,16 +320,38 @@ def _from_the_top(place: int, sign: float, size: int) -> int:
     return size - place if sign > 0 else place + 1
 
 
+def sorted_at(tiles: Tiles, places: Sequence[Callable[[int], int]]) -> list[float]:
+    """Return for each model the entry at places[i](N) of its N sorted values, exactly; 0 if there are no entries."""
+    negative, size = [0] * len(places), 0
+    for tile in tiles:
+        size += tile[0].numel()
+        negative = [count + int((t < 0).sum()) for count, t in zip(negative, tile, strict=True)]
+    if not size:
+        return [0.0] * len(places)
+    at = [place(size) for place in places]
+    signs = [1.0 if place >= count else -1.0 for place, count in zip(at, negative, strict=True)]
+    sides = Derived(tiles, lambda tile: [(t * s).clamp_(min=0) for t, s in zip(tile, signs, strict=True)])
+    ranks = {i: partial(_from_the_top, place, sign) for i, (place, sign) in enumerate(zip(at, signs, strict=True))}
+    words = _words(next(iter(tiles))[0])
+    found = [torch.tensor(bits, dtype=words) for bits in _selected(sides, ranks)[0].values()]
+    floats = torch.float64 if words == torch.int64 else torch.float32
+    return [float(bits.view(floats)) * sign for bits, sign in zip(found, signs, strict=True)]
+
+
 @dataclass(frozen=True)
-class _Derived:
-    """Tiles of a tensor that is computed from the tiles of others."""
+class Derived:
+    """Tiles of tensors that are computed from the tiles of others."""
 
     tiles: Tiles
-    by: Callable[[Stack], Tensor]
+    by: Callable[[Stack], Sequence[Tensor]]
 
     def __iter__(self) -> Iterator[Stack]:
         for tile in self.tiles:
-            yield Stack([self.by(tile)], start=tile.start)
+            yield Stack(self.by(tile), start=tile.start)
+
+    @property
+    def numel(self) -> int:
+        return getattr(self.tiles, "numel", None) or next(iter(self.tiles))[0].numel()
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -313,15 +360,21 @@ def _scaled(tensor: Tensor, factor: float) -> Tensor:
 
 def _kth_largest(tiles: Tiles, ranks: Ranks) -> dict[int, Threshold]:
     """Select for each model i the magnitude of which ranks[i](N) out of N entries are at least as large."""
-    first = next(iter(tiles), None) if ranks else None
-    if first is None or not first[0].numel():
+    prefix, wanted, equal = _selected(tiles, ranks)
+    if not prefix:
         return {}
-    select = _sort_out if first[0].numel() <= _FEW else _radix_select
-    prefix, wanted, equal = select(tiles, ranks)
     last = dict.fromkeys(ranks, _TO_THE_END)
     split = {i: wanted[i] for i in ranks if 0 < wanted[i] < equal[i]}
     last |= _index_of_equal(tiles, prefix, split)
     return {i: Threshold(prefix[i], last[i]) if wanted[i] else KEEP_NONE for i in ranks}
+
+
+def _selected(tiles: Tiles, ranks: Ranks) -> _Found:
+    first = next(iter(tiles), None) if ranks else None
+    if first is None or not first[0].numel():
+        return {}, {}, {}
+    select = _sort_out if getattr(tiles, "numel", first[0].numel()) <= _FEW else _radix_select
+    return select(tiles, ranks)
 
 
 Ranks = dict[int, Callable[[int], int]]
