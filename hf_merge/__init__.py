@@ -16,15 +16,7 @@ from hf_merge.registration import register_when_imported
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hf_merge.api import (
-        MergedAdapter,
-        MergedModel,
-        extract_adapter,
-        from_pretrained,
-        merge,
-        merge_state_dicts,
-        plan,
-    )
+    from hf_merge.api import extract_adapter, from_pretrained, merge, merge_state_dicts, plan
     from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
@@ -42,11 +34,10 @@ if TYPE_CHECKING:
     from hf_merge.method import MergeMethod, get_method, list_methods, merge_method
     from hf_merge.planning import Plan
     from hf_merge.recipe import Recipe
+    from hf_merge.results import MergedAdapter, MergedModel
 
 _HOME = {
-    "api": (
-        "MergedAdapter", "MergedModel", "extract_adapter", "from_pretrained", "merge", "merge_state_dicts", "plan",
-    ),
+    "api": ("extract_adapter", "from_pretrained", "merge", "merge_state_dicts", "plan"),
     "deployment": ("deploy",),
     "errors": (
         "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
@@ -56,6 +47,7 @@ _HOME = {
     "method": ("MergeMethod", "get_method", "list_methods", "merge_method"),
     "planning": ("Plan",),
     "recipe": ("Recipe",),
+    "results": ("MergedAdapter", "MergedModel"),
 }  # fmt: skip
 """Where each public name lives; nothing is imported before it is used, so that `import hf_merge` is quick."""
 

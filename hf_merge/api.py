@@ -5,205 +5,47 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitInfo, EvalResult, ModelCard
-from huggingface_hub.utils import logging, tqdm
 from torch import Tensor
 
-from hf_merge import hub
-from hf_merge.adapters.card import adapter_card, energies
 from hf_merge.adapters.merging import AdapterMerge, adapters_of, join
-from hf_merge.adapters.modules import auto_mapping, task_type
-from hf_merge.adapters.planned import base_of, planned, slots_of
-from hf_merge.adapters.spelled import file_name, spell
-from hf_merge.adapters.writer import AdapterWriter, Kept
+from hf_merge.adapters.planned import planned
+from hf_merge.adapting import merge_adapter, over_base
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
-from hf_merge.errors import MergeError, OutputError, ParameterError, PublishError, RecipeError
-from hf_merge.evaluation import with_results
+from hf_merge.errors import OutputError, ParameterError, RecipeError
 from hf_merge.execute import execute
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
+from hf_merge.goal import Goal, push
 from hf_merge.lazy import LazyMerge
 from hf_merge.lineage import licence_problems, parts_of
 from hf_merge.loading import load, recipe_words
 from hf_merge.placement import DeviceMap, MaxMemory, check_devices, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
-from hf_merge.ranks import Team, current, together
+from hf_merge.ranks import current, together
 from hf_merge.recipe import ADAPTER_FIELDS, Recipe
+from hf_merge.results import MergedAdapter, MergedModel
+from hf_merge.running import run
 from hf_merge.sources import Located, Source, open_sources, with_bases
-from hf_merge.sources.checkpoint import Checkpoint
-from hf_merge.sources.core import AdapterSource
-from hf_merge.sources.folder import read_json
 from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.lora import Lora
 from hf_merge.sources.renamed import remapped
-from hf_merge.sources.weights import PICKLES
 from hf_merge.survey import surveyed
 from hf_merge.types import ModelRef, Ref
 from hf_merge.uploads import Uploads
 from hf_merge.vocabulary import align_vocabularies
-from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, WEIGHTS, Writer, appear, partial_folder, refuse_existing
+from hf_merge.writer import RECIPE_FILE, RECIPE_KEY, Writer, partial_folder, refuse_existing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class MergedModel:
-    """A merged model on disk, or on the Hub.
-
-    Attributes:
-        path: its folder, or its file; None if it is on the Hub only.
-        plan: how it was made.
-        repo_id: where it is on the Hub, if it was pushed there while it was merged.
-        commit: which commit there.
-        url: the page of the commit, or of the pull request.
-    """
-
-    path: Path | None
-    plan: Plan = field(repr=False)
-    repo_id: str | None = None
-    commit: str | None = None
-    url: str | None = None
-
-    @property
-    def card(self) -> ModelCard:
-        """Its model card; a single file has none.
-
-        Raises:
-            MergeError: it is a single file.
-        """
-        if self.path is None:
-            from huggingface_hub import hf_hub_download
-
-            return ModelCard.load(hf_hub_download(str(self.repo_id), "README.md", revision=self.commit))
-        if self.path.is_file():
-            raise MergeError(
-                f"'{self.path}' is a single file of weights: its recipe is in its metadata, it has no card."
-            )
-        return ModelCard.load(self.path / "README.md")
-
-    def add_results(
-        self, results: Sequence[EvalResult], *, compared: Mapping[str, Sequence[EvalResult]] | None = None
-    ) -> ModelCard:
-        """Put results of an evaluation on its card; what else the card says stays.
-
-        Args:
-            results: they take the place of earlier ones of the same dataset and metric.
-            compared: results of other models, by name, for the table.
-
-        Raises:
-            MergeError: it is a single file or on the Hub only, or these are no results.
-        """
-        if self.path is None:
-            raise MergeError(f"The model is on the Hub only, at {self.url}: edit its card there.")
-        card = with_results(self.card, self.path.name, results, compared)
-        card.save(self.path / "README.md")
-        return card
-
-    def load(self, **kwargs: Any) -> Any:
-        """Load it with `from_pretrained` of its class.
-
-        Args:
-            **kwargs: of `from_pretrained`: dtype, device_map, token for a private model on the Hub, ...
-
-        Raises:
-            MergeError: it is no transformers model.
-        """
-        import transformers
-
-        if not (self.plan.config if self.path is None else (self.path / "config.json").is_file()):
-            place = self.path or self.repo_id
-            raise MergeError(f"'{place}' has no config.json: load its tensors with safetensors.torch.load_file.")
-        config = self.plan.config if self.path is None else read_json(self.path / "config.json")
-        model_class = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0], transformers.AutoModel)
-        if self.path is None:
-            return model_class.from_pretrained(str(self.repo_id), revision=self.commit, **kwargs)
-        return model_class.from_pretrained(self.path, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        create_pr: bool = False,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        exist_ok: bool = False,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """Publish it on the Hub, as one commit; see `hf_merge.push_to_hub`.
-
-        Raises:
-            OutputExistsError: there is a model already.
-            PublishError: the Hub does not take it, or it is on the Hub only.
-        """
-        if self.path is None:
-            raise PublishError(
-                f"The model is on the Hub only, at {self.url}: copy it there with `huggingface_hub.duplicate_repo`."
-            )
-        return hub.push_to_hub(
-            self.path, repo_id, private=private, create_pr=create_pr, revision=revision,
-            commit_message=commit_message, exist_ok=exist_ok, token=token,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MergedAdapter(MergedModel):
-    """A merge as a PEFT adapter of its base, on disk or on the Hub.
-
-    Attributes:
-        base: the model that it is loaded over: a Hub id or a folder; None for a model in memory.
-        base_revision: its commit on the Hub.
-        kept: for each module with factors, the share of its change's squared norm that they keep.
-        left_out: the largest absolute change of each tensor that the adapter does not carry.
-    """
-
-    base: str | None = None
-    base_revision: str | None = None
-    kept: Mapping[str, float] = field(default_factory=dict, repr=False)
-    left_out: Mapping[str, float] = field(default_factory=dict, repr=False)
-
-    def load(self, **kwargs: Any) -> Any:
-        """Load the base, with the adapter over it, as a PeftModel.
-
-        Args:
-            **kwargs: of the base's `from_pretrained`: dtype, device_map, token, ...
-
-        Raises:
-            MergeError: the base was a model in memory.
-        """
-        import transformers
-        from peft import PeftModel
-
-        if self.base is None:
-            where = str(self.path or self.repo_id)
-            raise MergeError(
-                f"Where the base is, is not known: load the adapter over it with PeftModel.from_pretrained(model, "
-                f"{where!r}), or a LoRA file of diffusers with pipe.load_lora_weights({where!r})."
-            )
-        named = self.plan.config.get("architectures")
-        if not named:
-            named = transformers.AutoConfig.from_pretrained(
-                self.base, revision=self.base_revision or "main"
-            ).architectures
-        model_class = getattr(transformers, next(iter(named or ()), "AutoModel"))
-        model = model_class.from_pretrained(self.base, revision=self.base_revision or "main", **kwargs)
-        if self.path is None:
-            token = {"token": kwargs["token"]} if "token" in kwargs else {}
-            return PeftModel.from_pretrained(model, str(self.repo_id), revision=self.commit, **token)
-        return PeftModel.from_pretrained(model, self.path)
 
 
 def plan(
@@ -315,35 +157,32 @@ def merge(
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
     where = (device_map, max_memory)
     wishes = {"private": private, "create_pr": create_pr, "commit_message": commit_message, "exist_ok": exist_ok}
+    goal = Goal.of(output, push_to_hub, keep_local, token, **wishes)
     loaded = Recipe.load(recipe, **changes)
     found: dict[ModelRef, Located] = {}
     with team.node_first() if _is_far(loaded) else nullcontext():
         adapters = adapters_of(loaded, found, **read)
     if adapters or loaded.output_format == "adapter":
-        return _merge_adapter(
-            loaded, adapters, output, where, read, resume=resume, overwrite=overwrite, card_template=card_template,
-            push_to_hub=push_to_hub, keep_local=keep_local, wishes=wishes,
+        return merge_adapter(
+            goal, lambda: _adapter(loaded, adapters, where, read), resume=resume, overwrite=overwrite,
+            card_template=card_template,
         )  # fmt: skip
     _refuse_words_of_adapters(loaded)
-    target = _target(output, push_to_hub, keep_local)
-    one_file = output is not None and target.suffix == WEIGHTS
-    away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
+    target, away = goal.target, goal.is_away
     if away and team.world > 1:
         raise OutputError(
             f"{team.world} processes merge into a folder that all of them see: name an output too, and push from there."
         )
     if not away and team.leads:
         refuse_existing(target, overwrite=overwrite)
-    destination = None if not team.leads else _destination(
-        push_to_hub, partial_folder(target) if away and resume else None, token, wishes,
-    )  # fmt: skip
+    destination = goal.ask(partial_folder(target) if away and resume else None) if team.leads else None
     with team.node_first() if _is_far(loaded) else nullcontext():
-        made, sources = _prepare(loaded, {}, where, sys.maxsize if one_file else max_shard_size, read, found)
+        made, sources = _prepare(loaded, {}, where, sys.maxsize if goal.is_file else max_shard_size, read, found)
     made.check()
     check_devices(step.device for step in made.steps)
     check_downloads(remote_reads(made, sources))
-    _refuse_own_input(target, sources)
-    name = target.name if destination is None else destination.repo_id
+    goal.refuse_own_input(sources)
+    name = goal.target.name if destination is None else destination.repo_id
     card = _try_card(made, sources, name, card_template) if team.leads else ""
     shown = public_recipe(made.recipe, dict(zip(made.models, sources, strict=True))).to_yaml()
     fingerprint = _fingerprint(made, sources, resume=resume)
@@ -358,16 +197,26 @@ def merge(
         carrier=uploads, team=team,
     )  # fmt: skip
     with writer:
-        if not one_file and team.leads:
+        if not goal.is_file and team.leads:
             sources[made.donor].write_companions(writer.folder)
-        _run(team.with_own_device(made) if device_map == "auto" else made, sources, writer, team)
-        if not one_file and team.leads:
+        run(team.with_own_device(made) if device_map == "auto" else made, sources, writer, team)
+        if not goal.is_file and team.leads:
             _describe(made, sources, writer.folder, name=name, card_template=card_template)
     published: list[str | None] = []
     if destination is not None:
-        info = _push(target, destination) if uploads is None else uploads.info
+        info = push(target, destination) if uploads is None else uploads.info
         published = [destination.repo_id, info.oid, info.pr_url or info.commit_url]
     return MergedModel(None if away else target, made, *team.share("published", published))
+
+
+def _adapter(
+    recipe: Recipe, adapters: Mapping[Ref, Lora], where: tuple[DeviceMap, MaxMemory | None], read: Mapping[str, Any]
+) -> AdapterMerge:
+    """Plan a merge into an adapter: of adapters alone, or of models over their base."""
+    if not adapters:
+        return over_base(*_prepare(recipe, {}, where, MAX_SHARD_SIZE, read))
+    made = join(recipe, adapters, **read)
+    return replace(made, plan=place(made.plan, *where))
 
 
 def _refuse_words_of_adapters(recipe: Recipe) -> None:
@@ -378,145 +227,6 @@ def _refuse_words_of_adapters(recipe: Recipe) -> None:
             f"The recipe says '{said[0]}', which is of an adapter, and its models are none: "
             "write output_format: adapter too, or leave it out."
         )
-
-
-def _merge_adapter(
-    recipe: Recipe,
-    adapters: Mapping[Ref, Lora],
-    output: str | os.PathLike[str] | None,
-    where: tuple[DeviceMap, MaxMemory | None],
-    read: Mapping[str, Any],
-    *,
-    resume: bool,
-    overwrite: bool,
-    card_template: str | Path | None,
-    push_to_hub: str | None,
-    keep_local: bool | None,
-    wishes: Mapping[str, Any],
-) -> MergedAdapter:
-    """Merge into an adapter, of adapters alone or of models and their base; see `merge`."""
-    target = _target(output, push_to_hub, keep_local)
-    _refuse_for_adapter(target, resume=resume)
-    away = push_to_hub is not None and not (output is not None if keep_local is None else keep_local)
-    if away:
-        target = target.with_name(f".{target.name}.adapter")
-    refuse_existing(target, overwrite=overwrite or away)
-    destination = _destination(push_to_hub, None, read["token"], wishes)
-    made = join(recipe, adapters, **read) if adapters else _over_base(recipe, where, read)
-    made = replace(made, plan=place(made.plan, *where))
-    made.plan.check()
-    check_devices(step.device for step in made.plan.steps)
-    check_downloads(remote_reads(made.plan, made.sources))
-    _refuse_own_input(target, made.sources)
-    if target.suffix == WEIGHTS and not made.spelling:
-        raise OutputError(f"'{target.name}' is a single file, and a PEFT adapter is a folder: name a folder.")
-    name = target.name if destination is None else destination.repo_id
-    card = _adapter_card(made, name, card_template, [], {})
-    if destination is not None:
-        destination.check_card(str(card))
-    try:
-        kept = _write_adapter(made, target, name, overwrite=overwrite or away, card_template=card_template)
-        push = hub.push_folder if away else _push  # which says that the folder is whole
-        info = None if destination is None else push(target, destination)
-    finally:
-        if away:
-            shutil.rmtree(target, ignore_errors=True)
-    published = [destination.repo_id, info.oid, info.pr_url or info.commit_url] if destination and info else []
-    left = {one.part.module: one.finished.left_out for one in kept if one.finished.left_out}
-    return MergedAdapter(
-        None if away else target, made.plan, *published,
-        base=made.base_model, base_revision=made.revision, kept=energies(kept), left_out=left,
-    )  # fmt: skip
-
-
-def _over_base(recipe: Recipe, where: tuple[DeviceMap, MaxMemory | None], read: Mapping[str, Any]) -> AdapterMerge:
-    """Plan a merge of models as an adapter of their base."""
-    made, sources = _prepare(recipe, {}, where, MAX_SHARD_SIZE, read)
-    made.check()
-    base, revision = _name_of_base(made, sources)
-    task = task_type(made.config)
-    extra = {} if task else {"auto_mapping": auto_mapping(made.config)}
-    return AdapterMerge(made, sources, slots_of(made, sources), base, revision, task, extra_config=extra)
-
-
-def _write_adapter(
-    made: AdapterMerge, target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
-) -> Sequence[Kept]:
-    """Execute a plan into the folder of an adapter, or into a LoRA file in the style of the first."""
-    if not made.spelling:
-        return _write_peft(made, target, name, overwrite=overwrite, card_template=card_template)
-    work = target.with_name(f".{target.name}.lora")
-    try:
-        kept = _write_peft(made, work, name, overwrite=True, card_template=card_template)
-        file = spell(work, made.spelling, file_name(made.spelling, target))
-        if target.suffix == WEIGHTS:
-            file.replace(target)
-        else:
-            appear(work, target, overwrite=overwrite)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return kept
-
-
-def _write_peft(
-    made: AdapterMerge, target: Path, name: str, *, overwrite: bool, card_template: str | Path | None
-) -> Sequence[Kept]:
-    """Execute a plan into the folder of a PEFT adapter."""
-    plan, by_model = made.plan, dict(zip(made.plan.models, made.sources, strict=True))
-    writer = AdapterWriter(
-        target, plan, made.slots, base_model=made.base_model, revision=made.revision, task_type=made.task_type,
-        dtype=made.dtype, metadata={RECIPE_KEY: public_recipe(plan.recipe, by_model).to_yaml()}, overwrite=overwrite,
-        extra_config=made.extra_config, vllm=plan.recipe.vllm,
-    )  # fmt: skip
-    with writer:
-        _run(plan, made.sources, writer, Team())
-        kept = writer.assemble()
-        made.sources[0].write_companions(writer.folder, lambda name: isinstance(made.sources[0], AdapterSource))
-        (writer.folder / RECIPE_FILE).write_text(pinned_recipe(plan.recipe, by_model).to_yaml(), encoding="utf-8")
-        _adapter_card(made, name, card_template, kept, writer.config).save(writer.folder / "README.md")
-    _tell_what_is_left_out(kept)
-    return kept
-
-
-def _adapter_card(
-    made: AdapterMerge, name: str, template: str | Path | None, kept: Sequence[Kept], config: Mapping[str, Any]
-) -> ModelCard:
-    """Render the card; once before anything is computed, as a template that fails should not fail at the end."""
-    words: dict[str, Any] = {} if made.notes is None else {"notes": made.notes}
-    if made.spelling:
-        words["data"] = {"library_name": "diffusers", "tags": ["lora", "diffusers", "merge", "hf_merge"]}
-        words["how_to_load"] = f'pipe.load_lora_weights("{name}")  # a diffusers pipeline of the base model'
-    try:
-        return adapter_card(made.plan, made.sources, name, kept=kept, config=config, template=template, **words)
-    except Exception as error:  # a template may do anything
-        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise OutputError(f"The card cannot be written from '{template or 'adapter.md'}': {told}.") from error
-
-
-def _tell_what_is_left_out(kept: Sequence[Kept]) -> None:
-    left = [one for one in kept if one.finished.left_out]
-    if left:
-        most = max(left, key=lambda one: one.finished.left_out)
-        logger.warning(
-            "%d tensors change in the merge and not in the adapter, '%s' most (by up to %.3g): its card names them.",
-            len(left), most.part.module, most.finished.left_out,
-        )  # fmt: skip
-
-
-def _name_of_base(made: Plan, sources: Sequence[Source]) -> tuple[str | None, str | None]:
-    """Return how PEFT finds the base again, and its commit."""
-    base, named = base_of(made, sources), made.models[made.donor]
-    if base.public_id:
-        return base.public_id, base.revision
-    return (os.path.abspath(os.path.expanduser(named.path)) if isinstance(named, ModelRef) else None), None
-
-
-def _refuse_for_adapter(target: Path, *, resume: bool) -> None:
-    """Raise for what an adapter cannot be."""
-    if (team := current()).world > 1:
-        raise OutputError(f"An adapter is written by one process, and {team.world} were started: start one.")
-    if resume:
-        raise OutputError("An adapter is small and is written at once: leave resume out, and it is made anew.")
 
 
 def extract_adapter(
@@ -570,46 +280,6 @@ def extract_adapter(
     )  # fmt: skip
     assert isinstance(made, MergedAdapter)
     return made
-
-
-def _target(output: str | os.PathLike[str] | None, repo_id: str | None, keep_local: bool | None) -> Path:
-    """Return the place of the output; if it goes to the Hub only, the place whose hidden sibling is worked in."""
-    if output is None and (repo_id is None or keep_local):
-        raise OutputError("Where to? Name an output folder; one that goes to the Hub only needs push_to_hub alone.")
-    if keep_local is not None and repo_id is None:
-        raise OutputError(
-            "keep_local= says what stays here of a model that is pushed: name push_to_hub= (--push-to-hub) too."
-        )
-    target = Path(os.path.abspath(os.path.expanduser(str(repo_id).replace("/", "--") if output is None else output)))
-    if output is not None and target.suffix in PICKLES:
-        raise OutputError(f"'{target.name}': weights are written as safetensors; call it '{target.stem}.safetensors'.")
-    if output is not None and target.suffix == WEIGHTS and repo_id is not None:
-        raise OutputError(f"'{target.name}' is a single file, and what is pushed is a folder: name a folder.")
-    return target
-
-
-def _destination(
-    repo_id: str | None, resumed: Path | None, token: str | bool | None, wishes: Mapping[str, Any]
-) -> hub.Destination | None:
-    """Ask the Hub whether the model may be pushed there, before anything is merged; None if it is not to be pushed."""
-    if repo_id is not None:
-        found = hub.ask(repo_id, token=token, **wishes)
-        found.refuse_occupied_by_others(resumed)
-        return found
-    if said := [f"{name}=" for name, value in wishes.items() if value]:
-        raise OutputError(f"{', '.join(said)} says how to push the model: name push_to_hub= (--push-to-hub) too.")
-    return None
-
-
-def _push(folder: Path, destination: hub.Destination) -> CommitInfo:
-    """Publish what was merged; if that fails, say that the merge need not be repeated."""
-    try:
-        return hub.push_folder(folder, destination)
-    except PublishError as error:
-        raise PublishError(
-            f"{error} The merged model is whole in '{folder}': "
-            f"push it with `hf-merge push {folder} {destination.repo_id}`."
-        ) from error
 
 
 def from_pretrained(
@@ -805,40 +475,6 @@ def _is_far(recipe: Recipe) -> bool:
     return any(isinstance(model, ModelRef) and not os.path.exists(model.path) for model in models)
 
 
-def _run(made: Plan, sources: list[Source], writer: Writer | AdapterWriter, team: Team) -> None:
-    """Execute this process's part of the plan into the writer, with a progress bar for all."""
-    bar = tqdm(total=made.bytes_written, unit="B", unit_scale=True, desc="Merging", name="hf_merge.merge")
-    finished, one_at_a_time, stop = writer.sizes_before(), Lock(), Event()
-
-    def write(name: str, start: int, values: Tensor) -> None:
-        team.check()
-        writer.write(name, start, values)
-        with one_at_a_time:
-            team.advance(values.nbytes, start + values.numel() == made.specs[name].numel)
-            show()
-
-    def show() -> None:
-        size, tensors = team.progress()
-        bar.set_postfix_str(f"{len(finished) + tensors}/{len(made.steps)} tensors", refresh=False)
-        bar.update(max(sum(finished) + size - bar.n, 0))
-
-    def give_up() -> None:
-        stop.set()
-        writer.stop()
-
-    team.on_failure(give_up)
-    reads = remote_reads(made, sources, writer.is_finished, assumed=team.leads)
-    one_by_one = bool(reads) or writer.carrier is not None or isinstance(writer, AdapterWriter)
-    with bar, fetching(reads, stop):
-        show()
-        execute(made, sources, write, skip=writer.is_finished, stopped=give_up, in_order=one_by_one)
-        if team.leads:
-            check_assumed(sources)
-        team.barrier("written", meanwhile=show)
-        bar.set_postfix_str(f"{len(made.steps)}/{len(made.steps)} tensors", refresh=False)
-        bar.update(made.bytes_written - bar.n)
-
-
 def _try_card(made: Plan, sources: list[Source], name: str, template: str | Path | None) -> str:
     """Render the card once before anything is computed: a template that fails should not fail at the end."""
     try:
@@ -865,10 +501,3 @@ def _fingerprint(made: Plan, sources: list[Source], *, resume: bool) -> str:
     if resume and None in contents:
         raise OutputError("A merge of models in memory cannot be resumed: save them to folders first.")
     return hashlib.sha256(json.dumps([made.fingerprint(), contents]).encode()).hexdigest()
-
-
-def _refuse_own_input(target: Path, sources: list[Source]) -> None:
-    """Raise if the output would take the place of an input."""
-    for part in (part for source in sources for part in source.parts):
-        if isinstance(part, Checkpoint) and part.path.resolve().is_relative_to(target.resolve()):
-            raise OutputError(f"'{target}' is or holds the input '{part.label}': choose another name.")

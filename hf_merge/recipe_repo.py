@@ -12,7 +12,7 @@ from huggingface_hub.utils import logging
 
 import hf_merge
 from hf_merge import _compat
-from hf_merge.api import RECIPE_FILE, open_recipe
+from hf_merge.api import open_recipe
 from hf_merge.card import merged_card, original_models, pinned_recipe
 from hf_merge.errors import OutputError, RecipeError
 from hf_merge.planning import Plan
@@ -20,7 +20,7 @@ from hf_merge.recipe import Recipe
 from hf_merge.registration import MODEL_TYPE
 from hf_merge.sources import Source, download
 from hf_merge.types import InMemory, ModelRef, Ref
-from hf_merge.writer import refuse_existing
+from hf_merge.writer import RECIPE_FILE, refuse_existing
 
 logger = logging.get_logger(__name__)
 
