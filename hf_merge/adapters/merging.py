@@ -6,21 +6,19 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_merge.adapters.parts import PREFIX, Finished, Part, Slot, stored, stored_bias
+from hf_merge.adapters.parts import PREFIX, Part, Slot
+from hf_merge.adapters.products import BiasSlot, CoreSlot, KeptSlot, ProductSlot, from_factors, from_matrix, from_units
 from hf_merge.adapters.spelled import LORA_FILE
 from hf_merge.errors import RecipeError, SourceError
 from hf_merge.method import get_method
-from hf_merge.ops.factors import unpacked
-from hf_merge.ops.lowrank import LowRank, Rank, truncate
 from hf_merge.planner import make_plan
 from hf_merge.planning import Plan, Problem, format_bytes
 from hf_merge.recipe import Recipe
@@ -194,6 +192,7 @@ def _words(recipe: Recipe, space: Space, loras: Sequence[Lora]) -> dict[str, Any
     told = f", as few as keep {recipe.rank:.6g} of the energy" if isinstance(recipe.rank, float) else ""
     return {
         "adapter": f"{len(space.changes)} modules" + (f", {kept} further tensors" if kept else ""),
+        "dtype": str(_dtype(recipe, loras)).removeprefix("torch."),
         "space": "factors, packed" if isinstance(space, Units) else recipe.space or "core",
         "rank": f"at most {'-'.join(map(str, sorted({min(ranks, default=0), max(ranks, default=0)})))}{told}",
         "at most": format_bytes(size),
@@ -370,9 +369,9 @@ def _slots(space: Space, loras: Sequence[Lora], recipe: Recipe) -> Iterator[tupl
         if isinstance(space, Core):
             yield change.name, CoreSlot(part, space, change, rank)
         elif len(names := [*space.specs(change)]) == 1:
-            yield names[0], ProductSlot(part, change, rank, _halves if isinstance(space, Units) else _whole)
+            yield names[0], ProductSlot(part, change, rank, from_units if isinstance(space, Units) else from_matrix)
         else:
-            slot = ProductSlot(part, change, rank, _apart)
+            slot = ProductSlot(part, change, rank, from_factors)
             yield from ((name, slot) for name in names)
         if any(own and own.bias for own in change.own):
             yield f"{change.module}.bias", BiasSlot(replace(part, kind="bias"))
@@ -401,131 +400,10 @@ def _carried_slots(loras: Sequence[Lora]) -> Iterator[tuple[str, Slot]]:
         saved = tuple(lora.config.get("modules_to_save") or ())
         for name, key in carried(lora).items():
             module = name.rpartition(".")[0]
-            whole = name in lora.whole and bool(saved) and module.endswith(saved)  # PEFT's rule
-            place = module if whole else name
-            written = PREFIX + name if whole else key
-            slot = shared.setdefault(place, KeptSlot(Part(place, "whole" if whole else "none"), []))
+            is_saved = name in lora.whole and bool(saved) and module.endswith(saved)  # PEFT's rule
+            place = module if is_saved else name
+            written = PREFIX + name if is_saved else key
+            slot = shared.setdefault(place, KeptSlot(Part(place, "whole" if is_saved else "none"), []))
             if written not in slot.keys:
                 slot.keys.append(written)
                 yield name, slot
-
-
-@dataclass(frozen=True, eq=False)
-class CoreSlot:
-    """Turns a merged core into factors.
-
-    Attributes:
-        part: of the base.
-        space: which knows the bases.
-        change: of that part.
-        rank: of the factors, the share of energy they keep, or None for all of it.
-    """
-
-    part: Part
-    space: Core
-    change: Change
-    rank: Rank | None
-
-    def finish(self, *merged: Tensor) -> Finished:
-        """Truncate the core, and leave its coordinates."""
-        (core,) = merged
-        left, right = self.space.bases(self.change)
-        self.space.release(self.change)
-        return _finished(self.part, core, self.rank, left, right)
-
-
-@dataclass(frozen=True, eq=False)
-class ProductSlot:
-    """Turns merged changes that are no cores into factors.
-
-    Attributes:
-        part: of the base.
-        change: of that part.
-        rank: as of `CoreSlot`.
-        read: how (left, right) or the whole change lie in the merged tensors.
-    """
-
-    part: Part
-    change: Change
-    rank: Rank | None
-    read: Callable[[Change, Sequence[Tensor]], tuple[Tensor, Tensor] | Tensor]
-
-    def finish(self, *merged: Tensor) -> Finished:
-        """Decompose the change, or take its factors as they are if nothing is asked of their rank."""
-        found = self.read(self.change, merged)
-        if isinstance(found, Tensor):
-            return _finished(self.part, found, self.rank)
-        left, right = found
-        if self.rank is None and left.abs().max() > 0 and right.abs().max() > 0:
-            return Finished(stored(self.part, left, right), left.shape[-1], kept=1.0)
-        (left, small), (right, other) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
-        return _finished(self.part, small @ other.mT, self.rank, left, right)
-
-
-def _whole(change: Change, merged: Sequence[Tensor]) -> Tensor:
-    return merged[0].reshape(*change.stack, change.out, change.into)
-
-
-def _halves(change: Change, merged: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    units = merged[0]
-    used = units.abs().amax(-1).amin(-1) > 0  # of two vectors, neither is zero
-    return unpacked(units[used], change.out, change.into)
-
-
-def _apart(change: Change, merged: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    right, left = merged
-    return left, right
-
-
-def _finished(
-    part: Part, core: Tensor, rank: Rank | None, left: Tensor | None = None, right: Tensor | None = None
-) -> Finished:
-    """Factorise left core right^T; without bases, the core is the change itself."""
-    cores = core if core.dim() == 3 else core[None]
-    found = [truncate(one, rank) for one in cores]
-    energy = [one.double().square().sum().item() for one in cores]
-    if not sum(energy):
-        return Finished(energy=0.0)
-    lefts, rights = _of_one_rank(found)
-    if left is not None and right is not None:
-        lefts, rights = left.reshape(-1, *left.shape[-2:]) @ lefts, rights @ right.reshape(-1, *right.shape[-2:]).mT
-    kept = sum(one.kept * share for one, share in zip(found, energy, strict=True)) / sum(energy)
-    if core.dim() < 3:
-        lefts, rights = lefts[0], rights[0]
-    return Finished(stored(part, lefts, rights), max(one.rank for one in found), min(kept, 1.0), None, sum(energy))
-
-
-def _of_one_rank(found: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
-    """Stack factors, with zeros up to the largest rank of them."""
-    rank = max(one.rank for one in found)
-    lefts = [torch.nn.functional.pad(one.left, (0, rank - one.rank)) for one in found]
-    rights = [torch.nn.functional.pad(one.right, (0, 0, 0, rank - one.rank)) for one in found]
-    return torch.stack(lefts), torch.stack(rights)
-
-
-@dataclass(frozen=True, eq=False)
-class BiasSlot:
-    """Takes the change of a bias."""
-
-    part: Part
-
-    def finish(self, *merged: Tensor) -> Finished:
-        """Return it under PEFT's name."""
-        return Finished(stored_bias(self.part, merged[0]))
-
-
-@dataclass(frozen=True, eq=False)
-class KeptSlot:
-    """Takes tensors that are written as they were merged.
-
-    Attributes:
-        part: what they belong to.
-        keys: their names in the adapter.
-    """
-
-    part: Part
-    keys: list[str]
-
-    def finish(self, *merged: Tensor) -> Finished:
-        """Return them under their names."""
-        return Finished({key: tensor.clone() for key, tensor in zip(self.keys, merged, strict=True)})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_merge._compat import Conversion
 from hf_merge.adapters.parts import FACTORED, PREFIX, Finished, Part, matrices, stored, stored_bias
-from hf_merge.ops.lowrank import Rank, truncate
+from hf_merge.ops.lowrank import Rank, truncate_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +75,11 @@ class Change:
         return Finished(self._rounded(tensors), energy=change.double().square().sum().item())
 
     def _factors(self, change: Tensor, energy: float) -> Finished:
-        stack = matrices(self.part, change) if self.part.kind == "experts" else [matrices(self.part, change)]
-        found = [truncate(one, self.rank, exact=self.exact, seed=self.seed) for one in stack]
-        rank = max(one.rank for one in found)
-        lefts = [torch.nn.functional.pad(one.left, (0, rank - one.rank)) for one in found]
-        rights = [torch.nn.functional.pad(one.right, (0, 0, 0, rank - one.rank)) for one in found]
-        left, right = (
-            (torch.stack(lefts), torch.stack(rights)) if self.part.kind == "experts" else (lefts[0], rights[0])
-        )
-        norms = [one.left.double().square().sum(0).dot(one.right.double().square().sum(1)).item() for one in found]
-        kept = min(1.0, sum(norms) / energy) if len(found) > 1 else found[0].kept
-        return Finished(
-            self._rounded(stored(self.part, left, right)), rank, kept, max(one.error for one in found), energy
-        )
+        several = self.part.kind == "experts"
+        changes = matrices(self.part, change) if several else matrices(self.part, change)[None]
+        found = truncate_each(changes, self.rank, exact=self.exact, seed=self.seed)
+        factors = (found.left, found.right) if several else (found.left[0], found.right[0])
+        return Finished(self._rounded(stored(self.part, *factors)), found.rank, found.kept, found.error, energy)
 
     def _rounded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtypes = (self.base[name].dtype for name in self.names)

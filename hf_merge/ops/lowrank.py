@@ -35,7 +35,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        return self.left.shape[1]
+        return self.left.shape[-1]
 
 
 def truncate(matrix: Tensor, rank: Rank | None, *, exact: bool = True, seed: int = 0) -> LowRank:
@@ -70,6 +70,25 @@ def truncate(matrix: Tensor, rank: Rank | None, *, exact: bool = True, seed: int
     count = _count(values, rank, total, max(matrix.shape), matrix.dtype)
     left, right = _balanced(tall, values[:count], right[:count])
     return _measured(matrix, *((right.T, left.T) if wide else (left, right)), total)
+
+
+def truncate_each(matrices: Tensor, rank: Rank | None, *, exact: bool = True, seed: int = 0) -> LowRank:
+    """Approximate every matrix of a stack [k, m, n] by itself; see `truncate`.
+
+    Returns:
+        left [k, m, r] and right [k, r, n], with zeros up to the largest of their ranks; what is kept of all together.
+
+    Raises:
+        ValueError: as `truncate`.
+    """
+    found = [truncate(matrix, rank, exact=exact, seed=seed) for matrix in matrices]
+    widest = max(one.rank for one in found)
+    pad = torch.nn.functional.pad
+    left = torch.stack([pad(one.left, (0, widest - one.rank)) for one in found])
+    right = torch.stack([pad(one.right, (0, 0, 0, widest - one.rank)) for one in found])
+    energy = [_squared_norm(matrix) for matrix in matrices] if len(found) > 1 else [1.0]
+    kept = sum(one.kept * share for one, share in zip(found, energy, strict=True)) / (sum(energy) or 1.0)
+    return LowRank(left, right, kept if sum(energy) else 1.0, max(one.error for one in found))
 
 
 def check_rank(rank: Rank | None) -> None:
