@@ -135,14 +135,15 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
     base, problems = _base(recipe, adapters)
     labels = zip(adapters, range(len(loras)), strict=True)
     sources: dict[Ref, Source] = {ref: AdapterSource(space, i, str(ref)) for ref, i in labels}
-    named = ModelRef(path=base or "unknown base model")
+    named = ModelRef(path=base or "unknown base")
     unchanged = _unchanged(space, named, hub)
     planned = _planned(recipe, named, loras)
     if planned.base_model == named:
         sources[named] = unchanged
     made = make_plan(planned, sources, problems=[*problems, *_doubts(recipe, loras)])
     sources[named] = unchanged
-    again = {"output_format": "adapter", **({} if recipe.base_model in adapters else {"base_model": named})}
+    is_told = base is not None and recipe.base_model not in adapters
+    again = {"output_format": "adapter", **({"base_model": named} if is_told else {})}
     made = replace(
         made, recipe=recipe.model_copy(update=again), models=tuple(sources), donor=[*sources].index(named),
         config=dict(unchanged.config), adapter=_words(recipe, space, loras),
