@@ -540,6 +540,11 @@ def test_the_type_of_a_parameter_renders_as_json_schema_and_as_words(method, par
         assert words == "true | false"
 
 
+@each_parameter
+def test_no_parameter_is_called_as_a_field_of_recipes_is(method, parameter):
+    assert parameter.name not in hf_merge.Recipe.model_fields
+
+
 # words
 
 

@@ -132,7 +132,7 @@ def test_a_method_may_have_another_name_than_its_function_and_a_count_of_models(
 
 
 def test_a_first_argument_of_another_name_is_refused():
-    with pytest.raises(TypeError, match=r"'wrong'.*models or deltas.*'weights'"):
+    with pytest.raises(TypeError, match=r"'wrong'.*models, deltas or factors.*'weights'"):
 
         @merge_method(paper=PAPER)
         def wrong(weights: Models) -> Merged:
@@ -143,7 +143,7 @@ def test_a_first_argument_of_another_name_is_refused():
 
 
 def test_a_function_without_tensors_is_refused():
-    with pytest.raises(TypeError, match=r"'wrong'.*models or deltas"):
+    with pytest.raises(TypeError, match=r"'wrong'.*models, deltas or factors"):
 
         @merge_method(paper=PAPER)
         def wrong(*, weight: PerModel[Number] = each(1.0)) -> Merged:

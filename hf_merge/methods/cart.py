@@ -9,7 +9,7 @@ from hf_merge.types import Fraction, Merged, Models, Number
 
 @merge_method(paper="https://arxiv.org/abs/2412.12153", wide=True)
 def cart(
-    models: Models, base: Tensor | None, *, rank: Fraction = 0.08, scaling: Number = 1.0, conv: Conv = "average"
+    models: Models, base: Tensor | None, *, rank_fraction: Fraction = 0.08, scaling: Number = 1.0, conv: Conv = "average"
 ) -> Merged:
     """Average the models, and add the main directions in which each differs from the average.
 
@@ -17,18 +17,18 @@ def cart(
         merged = m + scaling * sum_i R_k(model_i - m),  R_k(X) = the nearest matrix of rank k to X
 
     Args:
-        rank: k as a part of the full rank of each matrix; at least 1 unless it is 0.
+        rank_fraction: k as a part of the full rank of each matrix; at least 1 unless it is 0.
         scaling: of what is added to the average.
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or average it.
 
     Notes:
         The average takes the base's place, so that a base is not needed and, if there is one, has no part. The paper
-        finds its best results near rank 0.08, with scaling chosen on validation data. What is no matrix is averaged.
+        finds its best results near a rank_fraction of 0.08, with scaling chosen on validation data. What is no matrix is averaged.
     """
 
     def merge(matrices: list[Tensor]) -> Tensor:
         full, mean = min(matrices[0].shape), total(matrices) / len(matrices)
-        kept = max(1, int(rank * full)) if rank else 0
+        kept = max(1, int(rank_fraction * full)) if rank_fraction else 0
         return mean + scaling * total([low_rank(matrix - mean, kept) for matrix in matrices])
 
     return per_matrix(models, merge, conv=conv)

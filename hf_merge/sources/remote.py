@@ -185,7 +185,7 @@ class RemoteSafetensors:
         header = remote.header()
         self.begin = len(header)
         self.places = checked_places(header, remote.size, remote.label)
-        self.metadata: Mapping[str, str] = json.loads(header[8:]).get("__metadata__", {})
+        self.metadata: Mapping[str, str] = json.loads(header[8:]).get("__metadata__") or {}
         self.read: Callable[[str], Tensor] = self.read_range
 
     def specs(self) -> dict[str, TensorSpec]:

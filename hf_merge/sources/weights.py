@@ -71,7 +71,7 @@ class Safetensors:
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise not_whole(path, error) from None
         self.places = places_in(header, str(path))
-        self.metadata: Mapping[str, str] = header.get("__metadata__", {})
+        self.metadata: Mapping[str, str] = header.get("__metadata__") or {}
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: place.spec for name, place in self.places.items()}

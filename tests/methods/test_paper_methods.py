@@ -199,12 +199,12 @@ class TestStar:
 class TestCart:
     def test_main_directions_are_added_to_the_average(self):
         a, b = diag(9.0, 1.0), diag(1.0, 3.0)  # average 5, 2; differences +-4, -+1
-        close(call("cart", a, b, rank=0.5, scaling=1.0), diag(5.0, 2.0))
+        close(call("cart", a, b, rank_fraction=0.5, scaling=1.0), diag(5.0, 2.0))
         c = diag(1.0, 1.0)
         mean = (a + b + c) / 3
         rests = [torch.linalg.svd(one - mean) for one in (a, b, c)]
         expected = mean + 0.5 * sum(u[:, :1] * s[:1] @ vh[:1] for u, s, vh in rests)
-        close(call("cart", a, b, c, rank=0.5, scaling=0.5), expected)
+        close(call("cart", a, b, c, rank_fraction=0.5, scaling=0.5), expected)
 
     def test_a_base_has_no_part(self):
         states = [{"w": torch.randn(4, 4, generator=torch.Generator().manual_seed(i))} for i in range(3)]
