@@ -90,7 +90,8 @@ def sum_rows(scratch: Path) -> list[list[str]]:
         for kind in ("svd", "cat", "linear", "ties_svd"):
             model = PeftModel.from_pretrained(nn.Sequential(nn.Linear(size, size, bias=False)), folders[0], "a")
             model.load_adapter(folders[1], "b")
-            words = {"density": 1.0} if "ties" in kind else {}
+            words = {"svd_rank": 16} if "svd" in kind else {}
+            words |= {"density": 0.999} if "ties" in kind else {}
             model.add_weighted_adapter(["a", "b"], weights, "both", combination_type=kind, **words)
             layer: Any = model.base_model.model[0]
             with torch.no_grad():

@@ -59,3 +59,16 @@ def test_the_benchmark_of_a_device_says_where_there_is_none_and_runs_anywhere(ca
     assert [row["case"].split(",")[1] for row in rows] == [" 2 models", " 3 models", " 2 models"]
     assert all(float(row["wall s"]) > 0 for row in rows)
     assert text in capsys.readouterr().out
+
+
+def test_the_benchmark_of_adapters_compares_with_peft_and_with_dense_matrices(tmp_path, capsys):
+    from benchmarks import adapters
+
+    words = ["--hidden", "64", "--layers", "1", "--runs", "1", "--widths", "128", "--folder", str(tmp_path)]
+    text = adapters.main(words)
+    sums, core, base = (read_table(part) for part in text.split("\n\n"))
+    exact = [row for row in sums if row["relative error of"].startswith("hf_merge")]
+    assert len(exact) == 2 and all(float(row[case]) < 1e-5 for row in exact for case in adapters.SUM_COLUMNS[1:])
+    assert len(sums) == 6 and float(core[0]["difference"]) < 1e-3 and float(core[0]["dense / core"]) > 0
+    assert [row["adapter into its base"] for row in base] == ["hf_merge", "PEFT"]
+    assert all(float(row["wall s"]) > 0 for row in base) and text in capsys.readouterr().out

@@ -9,7 +9,12 @@ from hf_merge.types import Fraction, Merged, Models, Number
 
 @merge_method(paper="https://arxiv.org/abs/2412.12153", wide=True)
 def cart(
-    models: Models, base: Tensor | None, *, rank_fraction: Fraction = 0.08, scaling: Number = 1.0, conv: Conv = "average"
+    models: Models,
+    base: Tensor | None,
+    *,
+    rank_fraction: Fraction = 0.08,
+    scaling: Number = 1.0,
+    conv: Conv = "average",
 ) -> Merged:
     """Average the models, and add the main directions in which each differs from the average.
 
