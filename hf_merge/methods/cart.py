@@ -28,7 +28,8 @@ def cart(
 
     Notes:
         The average takes the base's place, so that a base is not needed and, if there is one, has no part. The paper
-        finds its best results near a rank_fraction of 0.08, with scaling chosen on validation data. What is no matrix is averaged.
+        finds its best results near a rank_fraction of 0.08, with scaling chosen on validation data. What is no matrix
+        is averaged.
     """
 
     def merge(matrices: list[Tensor]) -> Tensor:
