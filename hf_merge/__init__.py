@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
+        DataError,
         MergeError,
         OutputError,
         OutputExistsError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         UnknownMethodError,
     )
     from hf_merge.hub import push_to_hub
+    from hf_merge.measuring import measure
     from hf_merge.method import MergeMethod, get_method, list_methods, merge_method
     from hf_merge.planning import Plan
     from hf_merge.recipe import Recipe
@@ -49,10 +51,11 @@ _HOME = {
     ),
     "deployment": ("deploy",),
     "errors": (
-        "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
+        "ComputeError", "DataError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
         "PublishError", "RecipeError", "SourceError", "UnknownMethodError",
     ),
     "hub": ("push_to_hub",),
+    "measuring": ("measure",),
     "method": ("MergeMethod", "get_method", "list_methods", "merge_method"),
     "planning": ("Plan",),
     "recipe": ("Recipe",),
@@ -61,6 +64,7 @@ _HOME = {
 
 __all__ = [
     "ComputeError",
+    "DataError",
     "MergeError",
     "MergeMethod",
     "MergedAdapter",
@@ -80,6 +84,7 @@ __all__ = [
     "from_pretrained",
     "get_method",
     "list_methods",
+    "measure",
     "merge",
     "merge_method",
     "merge_state_dicts",

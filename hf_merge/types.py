@@ -91,15 +91,18 @@ class Measured:
 
     Attributes:
         of: `entries`: a number for each entry of the weight, so that it has the weight's shape and is tiled with it;
-            `inputs`: a square matrix over the inputs of the weight, see `inputs_of`.
+            `inputs`: a square matrix over the inputs of the weight, see `inputs_of`; `outputs`: two rows over its
+            outputs.
     """
 
-    of: Literal["entries", "inputs"]
+    of: Literal["entries", "inputs", "outputs"]
 
     def fits(self, weight: tuple[int, ...], found: tuple[int, ...]) -> bool:
         """Tell whether a statistic of this shape may belong to a weight of that shape."""
         if self.of == "entries":
             return weight == found
+        if self.of == "outputs":
+            return len(found) == 2 and found[0] == 2 and found[1] in (weight[:1] + weight[-1:])
         return len(weight) > 1 and math.prod(found) == found[-1] ** 2 and inputs_of(weight, found) == found[-1]
 
 
@@ -123,6 +126,9 @@ Fisher: TypeAlias = Annotated[Stack, Measured("entries")]
 """The diagonal Fisher information of every model, entry by entry."""
 Gram: TypeAlias = Annotated[Stack, Measured("inputs")]
 """X^T X / n of the inputs of a weight, for every model."""
+
+Activations: TypeAlias = Annotated[Stack, Measured("outputs")]
+"""Mean and root mean square of the outputs of a weight, for every model: (2, out)."""
 
 
 def each(value: Any) -> Any:
