@@ -117,7 +117,7 @@ class _Planner:
             return _Cast(method, tuple(one for one in chosen if one is not cut.base), cut.base)
         # As in MergeKit, a base that is not listed is one more model to a method that has no base.
         counts = cut.base is not None and cut.base not in chosen and not self.sources[cut.base.place].is_reference
-        unlisted = rule is None and method.count is None and counts
+        unlisted = rule is None and method.count is None and counts and not method.statistics
         return _Cast(method, (*chosen, cut.base) if unlisted and cut.base else chosen, None)
 
     def _participant(self, cut: Cut, model: Ref) -> Participant:

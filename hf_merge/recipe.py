@@ -256,6 +256,12 @@ class Recipe(Part):
         return {entry.model: entry.statistics for piece in slices for entry in piece.sources if entry.statistics}
 
     @property
+    def measured(self) -> list[Ref]:
+        """Every file of statistics that the recipe or one of its stages names."""
+        each = [files for recipe in (self, *self.stages) for files in recipe.statistics.values()]
+        return list(dict.fromkeys(file for files in each for file in files))
+
+    @property
     def donor(self) -> Ref:
         """The model that gives config, tokenizer and the set of tensors: the base, or else the first."""
         return self.base_model or self.merged[0]
@@ -413,7 +419,7 @@ def _with_statistics(recipe: Recipe, given: Any) -> Recipe:
     listed = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(listed) != len(recipe.models):
         raise RecipeError(f"'{STATISTICS}' has {len(listed)} entries for {len(recipe.models)} models: one for each.")
-    named = [[in_memory(one, f"statistics {i}") for one in (each if isinstance(each, (list, tuple)) else [each])]
+    named = [[in_memory(one, f"statistics {i}") for one in (() if each is None else each if isinstance(each, (list, tuple)) else [each])]
              for i, each in enumerate(listed)]  # fmt: skip
     try:
         entries = tuple(

@@ -24,7 +24,7 @@ def pooled_regression(weights: Sequence[Tensor], grams: Sequence[Tensor], scalin
     inputs_first = grams[0].dim() == 3
     size = grams[0].shape[-1]
     columns = [w if inputs_first else w.reshape(len(w), -1).mT for w in (weight.double() for weight in weights)]
-    mean = sum(columns) / len(columns)
+    mean = columns[0] + sum(one - columns[0] for one in columns) / len(columns)  # exact if all are equal
     kept = [_shrunk(gram.double().reshape(size, size), scaling) for gram in grams]
     level = sum(gram.diagonal().sum() for gram in kept) / max(size * len(kept), 1)
     level = torch.where(level > 0, level, torch.ones_like(level))
