@@ -66,7 +66,7 @@ class Data:
         max_examples: int | None, seed: int, labelled: bool,
     ):  # fmt: skip
         self._prepare, self._size, self._labelled = prepare, batch_size, labelled
-        self._config, self._columns = model.config, dict(columns or {})
+        self._config, self._columns = getattr(model, "config", None), dict(columns or {})
         if strange := set(self._columns) - set(ROLES):
             raise DataError(f"columns= says what {', '.join(ROLES)} are called; found {', '.join(sorted(strange))}.")
         rows = read(data)
