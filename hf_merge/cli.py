@@ -174,12 +174,14 @@ def merge(
 ) -> None:
     """Merge models into a folder that from_pretrained loads, or straight into the Hub."""
     changes = _changes(
-        parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing,
+        keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
         output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     if job is not None:
-        here = {"--commit-message": commit_message, "--statistics": statistics, "--keep-local": keep_local, "--overwrite": overwrite,
+        here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
+                "--statistics": statistics,
                 "--resume": resume, "--stream": stream, "--local-files-only": local_files_only,
                 "--processes": processes > 1}  # fmt: skip
         if said := [flag for flag, value in here.items() if value]:
@@ -298,7 +300,9 @@ def push(
 def measure(
     words: Annotated[
         list[str],
-        Argument(help="MODEL DATA OUTPUT; of merged_gram MODEL DATA of each model, then OUTPUT. DATA: a file or folder."),
+        Argument(
+            help="MODEL DATA OUTPUT; of merged_gram MODEL DATA of each model, then OUTPUT. DATA: a file or folder."
+        ),
     ],
     what: Annotated[
         Literal["fisher", "gram", "activations", "merged_gram"],
@@ -309,7 +313,8 @@ def measure(
         Option("--targets", help="Labels of the Fisher information: the model's, the data's, all by their chance."),
     ] = "sampled",
     column: Annotated[
-        list[str] | None, Option("--column", help="ROLE=NAME, as text=review; also text_pair, image, label. Repeatable.")
+        list[str] | None,
+        Option("--column", help="ROLE=NAME, as text=review; also text_pair, image, label. Repeatable."),
     ] = None,
     batch_size: Annotated[int, Option("--batch-size", help="Examples at a time.")] = 8,
     max_examples: Annotated[int, Option("--max-examples", help="At most so many, drawn by the seed; 0: all.")] = 256,
@@ -374,7 +379,8 @@ def plan(
 ) -> None:
     """Say what a merge would read, write and need; only headers of weights are read."""
     changes = _changes(
-        parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing,
+        keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
         output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip

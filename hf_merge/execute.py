@@ -350,8 +350,7 @@ def _inputs(
     labels = [str(plan.models[one.model]) for one in step.reads]
     deltas = get_method(str(step.method)).space == "deltas"
     measured = {
-        name: [_statistics(sources[one.model], name)[one.name] for one in each]
-        for name, each in step.measured.items()
+        name: [_statistics(sources[one.model], name)[one.name] for one in each] for name, each in step.measured.items()
     }
     return _Inputs(models, base, labels, deltas, whole, step, lane, not plan.recipe.allow_nonfinite, measured)
 

@@ -30,7 +30,12 @@ _SMALL = (".json", ".py", ".jinja")
 def recipe_words() -> set[str]:
     """Name every keyword that changes a recipe: its fields, and the parameters of all methods."""
     methods = [get_method(name) for name in list_methods()]
-    return {*KEYWORDS, STATISTICS, *Recipe.model_fields, *(name for m in methods for name in (*m.parameters, *m.ignored))}
+    return {
+        *KEYWORDS,
+        STATISTICS,
+        *Recipe.model_fields,
+        *(name for m in methods for name in (*m.parameters, *m.ignored)),
+    }
 
 
 def load(plan: Plan, sources: Sequence[Source], *, name: str, auto_class: Any = None, **options: Any) -> Any:

@@ -33,7 +33,9 @@ class MeasuredInputs:
         names = [target.name_in(one) for one in models]
         found: dict[str, tuple[Input, ...]] = {}
         for statistic, kind in method.statistics.items():
-            having = [name in self._specs(one.place, statistic, method) for one, name in zip(models, names, strict=True)]
+            having = [
+                name in self._specs(one.place, statistic, method) for one, name in zip(models, names, strict=True)
+            ]
             if not any(having):
                 return None
             for one, name, has in zip(models, names, having, strict=True):
@@ -86,7 +88,9 @@ class MeasuredInputs:
         without = {(place, statistic) for place, statistic, _ in self._none}
         for (place, statistic), names in self._lacking.items():
             if (place, statistic) not in without:
-                told = f"'{self._sources[place].label}' has no '{statistic}' for tensors for which other models have it: "
+                told = (
+                    f"'{self._sources[place].label}' has no '{statistic}' for tensors for which other models have it: "
+                )
                 yield Problem("error", f"{told}measure all models in the same way.", tuple(names))
         for (place, statistic), names in self._misfits.items():
             told = f"The '{statistic}' of '{self._sources[place].label}' has shapes that do not fit its tensors: "

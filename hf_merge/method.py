@@ -165,7 +165,9 @@ class MergeMethod:
         wide, tiled = torch.promote_types(dtype, torch.float32), self.tiled(settings)
         tensors = [t.to(wide).flatten() if tiled else t.to(wide) for t in (*models, *_listed(base))]
         cast = {
-            name: Stack(t.to(wide).flatten() if tiled and self.statistics[name].of == "entries" else t.to(wide) for t in each)
+            name: Stack(
+                t.to(wide).flatten() if tiled and self.statistics[name].of == "entries" else t.to(wide) for t in each
+            )
             for name, each in measured.items()
         }
         stack = Stack(tensors[: len(models)], base=None if base is None else tensors[-1], measured=cast)

@@ -419,8 +419,8 @@ def _with_statistics(recipe: Recipe, given: Any) -> Recipe:
     listed = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(listed) != len(recipe.models):
         raise RecipeError(f"'{STATISTICS}' has {len(listed)} entries for {len(recipe.models)} models: one for each.")
-    named = [[in_memory(one, f"statistics {i}") for one in (() if each is None else each if isinstance(each, (list, tuple)) else [each])]
-             for i, each in enumerate(listed)]  # fmt: skip
+    several = [each if isinstance(each, (list, tuple)) else () if each is None else (each,) for each in listed]
+    named = [[in_memory(one, f"statistics {i}") for one in each] for i, each in enumerate(several)]
     try:
         entries = tuple(
             ModelEntry(**{**{name: getattr(entry, name) for name in entry.model_fields_set}, STATISTICS: own})

@@ -165,7 +165,9 @@ def statistics_of(method: MergeMethod, models, seed=0, scale=1.0) -> dict:
 def call(method: MergeMethod, models, base=None, **parameters):
     """Call a method, with some statistics if none are given."""
     given = method.statistics.keys() & parameters.keys()
-    measured = {} if given else {k: [t.to(models[0].device) for t in v] for k, v in statistics_of(method, models).items()}
+    measured = (
+        {} if given else {k: [t.to(models[0].device) for t in v] for k, v in statistics_of(method, models).items()}
+    )
     return method(models, base, **measured, **parameters)
 
 
@@ -282,7 +284,10 @@ def test_task_vectors_of_zeros_give_zeros(method, data):
 @given(data=st.data())
 @some
 def test_identical_models_give_that_model(method, with_base, data):
-    shape, count = data.draw(st.sampled_from(shapes_of(method))), method.count or data.draw(st.integers(method.least, 3))
+    shape, count = (
+        data.draw(st.sampled_from(shapes_of(method))),
+        method.count or data.draw(st.integers(method.least, 3)),
+    )
     model = data.draw(tensors(shape, any_number))
     drawn = data.draw(parameters_of(method, count, numbers=[0.5, 1.0, 3.0]))
     free = [p for p in method.parameters.values() if p.per_model and is_plain_number(p)]
@@ -312,7 +317,9 @@ def test_the_order_of_three_models_does_not_matter(method, with_base, data):
     order = data.draw(st.permutations(range(3)))
     weights |= {name: drawn[name] for name in method.statistics}
     one = call(method, models, given_base, **weights)
-    other = call(method, [models[i] for i in order], given_base, **{k: [v[i] for i in order] for k, v in weights.items()})
+    other = call(
+        method, [models[i] for i in order], given_base, **{k: [v[i] for i in order] for k, v in weights.items()}
+    )
     assert_close(other, one, models, method)
 
 
@@ -485,9 +492,11 @@ def split(method, models, base, size):
     below = None if base is None else base.flatten()
     return [
         Stack(
-            [f[i : i + size] for f in flat], start=i, base=None if below is None else below[i : i + size],
+            [f[i : i + size] for f in flat],
+            start=i,
+            base=None if below is None else below[i : i + size],
             measured={name: Stack(one[i : i + size] for one in each) for name, each in measured.items()},
-        )  # fmt: skip
+        )
         for i in range(0, flat[0].numel(), size)
     ]
 

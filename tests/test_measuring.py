@@ -96,7 +96,9 @@ def test_labels_that_are_drawn_give_the_expectation_on_average_and_follow_the_se
     x = normal(1, 5).repeat(2000, 1)
     words = {"max_examples": None, "overwrite": True, "output": tmp_path / "f.safetensors"}
     expected = load_file(hf_merge.measure(linear(), [x[:1]], "fisher", targets="expected", **words))["weight"]
-    first, again, other = (load_file(hf_merge.measure(linear(), [x], "fisher", seed=s, **words))["weight"] for s in (0, 0, 1))
+    first, again, other = (
+        load_file(hf_merge.measure(linear(), [x], "fisher", seed=s, **words))["weight"] for s in (0, 0, 1)
+    )
     torch.testing.assert_close(first, expected, rtol=0.15, atol=1e-3)
     assert first.equal(again) and not first.equal(other)
 
@@ -205,8 +207,8 @@ def data_of(kind, root):
 
 
 def measured(world, kind, what, tmp_path, **words):
-    return [hf_merge.measure(world / kind / n, data_of(kind, world), what, output=tmp_path / f"{n}.safetensors", **words)
-            for n in "ab"]  # fmt: skip
+    data = data_of(kind, world)
+    return [hf_merge.measure(world / kind / n, data, what, output=tmp_path / f"{n}.safetensors", **words) for n in "ab"]
 
 
 def models(world, kind):
@@ -230,7 +232,7 @@ def test_models_of_every_kind_are_measured_and_merged(world, kind, method, tmp_p
         files = measured(world, kind, {"regmean": "gram"}.get(method, method), tmp_path)
     merged = hf_merge.merge(models(world, kind), tmp_path / "merged", method=method, statistics=files)
     assert merged.plan.bytes_read > merged.plan.bytes_written * 2
-    model, info = AUTO.get(kind, AutoModelForCausalLM).from_pretrained(merged.path, output_loading_info=True)
+    _, info = AUTO.get(kind, AutoModelForCausalLM).from_pretrained(merged.path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     weights = load_file(merged.path / "model.safetensors")
     a, b = (load_file(folder / "model.safetensors") for folder in models(world, kind))
@@ -301,7 +303,9 @@ def test_the_merge_is_the_model_whose_activations_were_measured(world, tmp_path)
     merged = hf_merge.merge(models(world, "vit"), tmp_path / "merged", **words).load()
     for batches, file in zip(data, files, strict=True):
         again = load_file(hf_merge.measure(merged, batches, "gram", output=tmp_path / "m.safetensors", overwrite=True))
-        torch.testing.assert_close(again["classifier.weight"], load_file(file)["classifier.weight"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            again["classifier.weight"], load_file(file)["classifier.weight"], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_data_from_files_rows_and_datasets_gives_the_same(world, tmp_path):
@@ -365,7 +369,9 @@ def run(*words):
 @pytest.mark.e2e
 def test_the_command_line_measures_and_merges(world, tmp_path):
     for name in "ab":
-        done = run("measure", world / "vit" / name, world / "images", tmp_path / f"{name}.safetensors", "--what", "gram")
+        done = run(
+            "measure", world / "vit" / name, world / "images", tmp_path / f"{name}.safetensors", "--what", "gram"
+        )
         assert done.returncode == 0, done.stderr
     flags = [word for name in "ab" for word in ("--statistics", tmp_path / f"{name}.safetensors")]
     done = run("merge", "--method", "regmean", *models(world, "vit"), *flags, "-p", "scaling=0.8", tmp_path / "cli")
@@ -463,7 +469,8 @@ def test_data_that_cannot_be_read_is_refused(world, tmp_path):
     (tmp_path / "broken.json").write_text("[{")
     for data, said in (
         ([], "no examples"), ([{"colour": "red"}], "Which column is the input"), (tmp_path / "broken.json", "be read"),
-        (tmp_path, "no folders with images"), (17, "found a int"), ([3], "found a int"), (tmp_path / "x.txt", "no data"),
+        (tmp_path, "no folders with images"), (17, "found a int"), ([3], "found a int"),
+        (tmp_path / "x.txt", "no data"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             hf_merge.measure(world / "bert/a", data, **words)
@@ -475,12 +482,13 @@ def test_data_that_cannot_be_read_is_refused(world, tmp_path):
 
 def test_words_are_checked_before_anything_is_opened(tmp_path):
     for words, said in (
-        ({"what": "gramm"}, "'what' should be one of"), ({"targets": "all"}, "'targets'"), ({"batch_size": 0}, "'batch_size'"),
+        ({"what": "gramm"}, "'what' should be one of"), ({"targets": "all"}, "'targets'"),
+        ({"batch_size": 0}, "'batch_size'"),
         ({"max_examples": -1}, "'max_examples'"), ({"what": "merged_gram"}, "lists of models"),
     ):  # fmt: skip
         with pytest.raises(ParameterError, match=said):
             hf_merge.measure("nowhere", [], **{"what": "gram", "output": tmp_path / "g.safetensors", **words})
-    with pytest.raises(OutputError, match="call it 'g.safetensors'"):
+    with pytest.raises(OutputError, match=r"call it 'g\.safetensors'"):
         hf_merge.measure("nowhere", [], "gram", output=tmp_path / "g")
     save_file({"x": torch.ones(1)}, tmp_path / "there.safetensors")
     with pytest.raises(OutputExistsError, match="overwrite=True"):

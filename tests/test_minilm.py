@@ -26,7 +26,7 @@ def merge(minilm, method, output):
     base = None if described.base == "ignored" else minilm["base"]
     measured = {}
     if described.statistics:
-        what = [*described.statistics][0]
+        what = next(iter(described.statistics))
         texts = [[{"text": f"a cat sat on the mat of house {i}"} for i in range(3)]] * 2
         files = output.with_name("statistics") if what == "merged_gram" else None
         if files:

@@ -135,7 +135,11 @@ def _check(what: Any, targets: Any, batch_size: Any, max_examples: Any, max_leng
         if value not in known:
             raise ParameterError(f"'{name}' should be one of {', '.join(known)}; found {shown(value)}.")
     numbers = {"batch_size": batch_size, "max_examples": 1 if max_examples is None else max_examples}
-    for name, value, least in (*((n, v, 1) for n, v in numbers.items()), ("max_length", max_length, 1), ("seed", seed, 0)):
+    for name, value, least in (
+        *((n, v, 1) for n, v in numbers.items()),
+        ("max_length", max_length, 1),
+        ("seed", seed, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ParameterError(f"'{name}' should be an integer of at least {least}; found {shown(value)}.")
 
@@ -240,7 +244,9 @@ def _write_merged_gram(
 
         def begin(groups: list[Shared], units: int) -> None:
             bar.reset(units * sum(map(len, data)))
-            files.extend(stack.enter_context(_gram_file(path, groups, one)) for path, one in zip(paths, told, strict=True))
+            files.extend(
+                stack.enter_context(_gram_file(path, groups, one)) for path, one in zip(paths, told, strict=True)
+            )
 
         found = merged_gram_matrices(subjects, data, layers, begin=begin, done=bar.update, **words)
         for place, group, gram in found:

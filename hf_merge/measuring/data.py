@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import itertools
 import json
@@ -209,7 +210,9 @@ class Preparation:
                 self._opened[kind] = getattr(transformers, kind).from_pretrained(self._place, **self._hub)
             except (OSError, ValueError, ImportError, KeyError) as error:
                 told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise DataError(f"'{self._place}' has no {kind} for this data ({told}): pass batches instead.") from None
+                raise DataError(
+                    f"'{self._place}' has no {kind} for this data ({told}): pass batches instead."
+                ) from None
         return self._opened[kind]
 
 
@@ -272,9 +275,7 @@ def _saved(path: Path) -> Any:
 def _datasets() -> Any:
     if importlib.util.find_spec("datasets") is None:
         raise DataError("To read this data, install datasets: pip install 'hf-merge[data]'.")
-    import datasets
-
-    return datasets
+    return importlib.import_module("datasets")
 
 
 def _beside(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -146,7 +146,11 @@ def _of_tokens(
         logs, counted = logs[:-1], counted[1:]
         truth = None if truth is None else truth[1:]
     if targets == "sampled":
-        truth = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)[:, 0].to(logs.device) if len(logs) else logs.new_zeros(0).long()
+        truth = (
+            torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)[:, 0].to(logs.device)
+            if len(logs)
+            else logs.new_zeros(0).long()
+        )
     if truth is None or truth.shape != counted.shape:
         raise DataError("The data has no label for every token: pass batches with labels, or sample them.")
     counted = counted & (truth != -100)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,8 @@ def _grams(whole: Subject, unit: _Unit, batches: Data, done: Callable[[int], Non
             stack.callback(unit.module.register_forward_hook(_stop).remove)
         for batch in batches:
             masks[0] = batch.inputs.get("attention_mask")
-            try:
+            with suppress(_Enough):
                 whole.module(**whole.inputs(batch.inputs))
-            except _Enough:
-                pass
             done(batch.size)
     for group, total in zip(unit.groups, sums, strict=True):
         yield group, total.mean()
@@ -113,7 +111,9 @@ def _units(whole: Subject, layers: Sequence[Layer], batch: Batch) -> list[_Unit]
     inside: dict[str, list[Layer]] = {}
     for layer in layers:
         name = layer.live.rpartition(".")[0]
-        home = next((f"{s}.{name.removeprefix(f'{s}.').partition('.')[0]}" for s in stacks if name.startswith(f"{s}.")), name)
+        home = next(
+            (f"{s}.{name.removeprefix(f'{s}.').partition('.')[0]}" for s in stacks if name.startswith(f"{s}.")), name
+        )
         inside.setdefault(home, []).append(layer)
     calls: list[str] = []
 

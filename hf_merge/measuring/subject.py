@@ -56,14 +56,17 @@ class Subject:
 
     def saved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name tensors that are shaped like parameters as the checkpoint names these, cut or joined as there."""
-        shown: Source = MappingSource({n: t for n, (_, t) in _compat.on_disk_layout(self.module, tensors).items()}, "it")
+        shown: Source = MappingSource(
+            {n: t for n, (_, t) in _compat.on_disk_layout(self.module, tensors).items()}, "it"
+        )
         specs = self.source.specs
         if any(name not in specs or specs[name].shape != spec.shape for name, spec in shown.specs.items()):
             shown.config = self.source.config
-            shown = align_layouts({self.ref: self.source, InMemory(shown, "statistics"): shown}, self.ref)[
-                InMemory(shown, "statistics")
-            ]
-        return {name: shown[name] for name in shown.specs if name in specs and specs[name].shape == shown.specs[name].shape}
+            both: dict[Ref, Source] = {self.ref: self.source, (ref := InMemory(shown, "statistics")): shown}
+            shown = align_layouts(both, self.ref)[ref]
+        return {
+            name: shown[name] for name in shown.specs if name in specs and specs[name].shape == shown.specs[name].shape
+        }
 
     @property
     def is_causal(self) -> bool:
@@ -138,7 +141,11 @@ class Layer:
         if isinstance(self.module, nn.Conv2d):
             conv = self.module
             unfolded = nn.functional.unfold(
-                given if given.dim() == 4 else given[None], conv.kernel_size, conv.dilation, conv.padding, conv.stride  # type: ignore[arg-type]
+                given if given.dim() == 4 else given[None],
+                conv.kernel_size,
+                conv.dilation,
+                conv.padding,  # type: ignore[arg-type]
+                conv.stride,
             )
             return unfolded.mT.reshape(-1, self.inputs)
         if mask is not None and given.shape[:-1] == mask.shape:
@@ -176,4 +183,3 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 def given_to(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the first tensor of a call."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-

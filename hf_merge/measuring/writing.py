@@ -57,7 +57,7 @@ class StatisticsFile:
         values = tensor.detach().to("cpu", spec.dtype).contiguous().reshape(-1)
         try:
             self._file.seek(len(self._header) + self._places[name])
-            self._file.write(memoryview(values.view(torch.uint8).numpy()))
+            self._file.write(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         except OSError as error:
             raise OutputError(f"'{self._path}' cannot be written: {error.strerror}.") from None
 

@@ -26,7 +26,7 @@ def pooled_regression(weights: Sequence[Tensor], grams: Sequence[Tensor], scalin
     columns = [w if inputs_first else w.reshape(len(w), -1).mT for w in (weight.double() for weight in weights)]
     mean = columns[0] + sum(one - columns[0] for one in columns) / len(columns)  # exact if all are equal
     kept = [_shrunk(gram.double().reshape(size, size), scaling) for gram in grams]
-    level = sum(gram.diagonal().sum() for gram in kept) / max(size * len(kept), 1)
+    level = torch.stack([gram.diagonal().sum() for gram in kept]).sum() / max(size * len(kept), 1)
     level = torch.where(level > 0, level, torch.ones_like(level))
     total = sum(kept) / level  # of order 1, whatever the scale of the activations
     total.diagonal().add_(ridge * len(kept))
