@@ -187,6 +187,11 @@ def test_every_method_merges_adapters(method, different, bases, tmp_path):
     assert largest(bases.change(tmp_path / "merged")) > 0
 
 
+def test_methods_that_merge_by_statistics_of_models_are_refused(different, tmp_path):
+    with pytest.raises(hf_merge.RecipeError, match="'regmean' merges by statistics of whole models"):
+        hf_merge.merge(different[:2], tmp_path / "merged", method="regmean")
+
+
 def test_slerp_and_its_ends(different, bases, tmp_path):
     one, other = different[:2]
     for t, expected in ((0.0, one), (1.0, other)):

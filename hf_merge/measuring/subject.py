@@ -62,8 +62,9 @@ class Subject:
         specs = self.source.specs
         if any(name not in specs or specs[name].shape != spec.shape for name, spec in shown.specs.items()):
             shown.config = self.source.config
-            both: dict[Ref, Source] = {self.ref: self.source, (ref := InMemory(shown, "statistics")): shown}
-            shown = align_layouts(both, self.ref)[ref]
+            ref = InMemory(shown, "statistics")
+            both = zip((self.ref, ref), (self.source, shown), strict=True)
+            shown = align_layouts(dict(both), self.ref)[ref]
         return {
             name: shown[name] for name in shown.specs if name in specs and specs[name].shape == shown.specs[name].shape
         }
