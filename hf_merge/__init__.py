@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_merge.deployment import deploy
     from hf_merge.errors import (
         ComputeError,
+        DataError,
         MergeError,
         OutputError,
         OutputExistsError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         UnknownMethodError,
     )
     from hf_merge.hub import push_to_hub
+    from hf_merge.measuring import measure
     from hf_merge.method import MergeMethod, get_method, list_methods, merge_method
     from hf_merge.planning import Plan
     from hf_merge.recipe import Recipe
@@ -40,10 +42,11 @@ _HOME = {
     "api": ("extract_adapter", "from_pretrained", "merge", "merge_state_dicts", "plan"),
     "deployment": ("deploy",),
     "errors": (
-        "ComputeError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
+        "ComputeError", "DataError", "MergeError", "OutputError", "OutputExistsError", "ParameterError", "PlanError",
         "PublishError", "RecipeError", "SourceError", "UnknownMethodError",
     ),
     "hub": ("push_to_hub",),
+    "measuring": ("measure",),
     "method": ("MergeMethod", "get_method", "list_methods", "merge_method"),
     "planning": ("Plan",),
     "recipe": ("Recipe",),
@@ -53,6 +56,7 @@ _HOME = {
 
 __all__ = [
     "ComputeError",
+    "DataError",
     "MergeError",
     "MergeMethod",
     "MergedAdapter",
@@ -72,6 +76,7 @@ __all__ = [
     "from_pretrained",
     "get_method",
     "list_methods",
+    "measure",
     "merge",
     "merge_method",
     "merge_state_dicts",

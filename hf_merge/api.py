@@ -38,6 +38,7 @@ from hf_merge.sources import Located, Source, open_sources, with_bases
 from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.lora import Lora
 from hf_merge.sources.renamed import remapped
+from hf_merge.sources.statistics import MeasuredModel, open_statistics
 from hf_merge.survey import surveyed
 from hf_merge.types import ModelRef, Ref
 from hf_merge.uploads import Uploads
@@ -466,7 +467,9 @@ def _open(
     opened |= open_sources([model for model in recipe.references if model not in opened], found_at, **hub)
     sources = {model: remapped(opened[model], recipe.remap) for model in recipe.references}
     aligned = align_vocabularies(recipe, align_layouts(sources, recipe.donor), **hub)
-    return aligned.sources, aligned.problems
+    measured = {model: open_statistics(files) for model, files in recipe.statistics.items()}
+    shown = {m: MeasuredModel(s, measured[m]) if m in measured else s for m, s in aligned.sources.items()}
+    return shown, aligned.problems
 
 
 def _is_far(recipe: Recipe) -> bool:

@@ -113,6 +113,7 @@ def public_recipe(recipe: Recipe, sources: Mapping[Ref, Source]) -> Recipe:
     tokenizer = None if recipe.vocabulary is None else recipe.vocabulary.source
     if isinstance(tokenizer, ModelRef) and tokenizer not in sources and Path(tokenizer.path).expanduser().exists():
         hidden[tokenizer] = ModelRef(path=_local_name(tokenizer))
+    hidden |= {ref: _placeless(ref) for ref in recipe.measured if isinstance(ref, ModelRef)}
     return recipe.renamed(hidden)
 
 
@@ -120,7 +121,9 @@ def without_paths(recipe: Recipe) -> Recipe:
     """Return a recipe as others may see it, whatever its models are: of local paths only the last part."""
     models = [model for each in (recipe, *recipe.stages) for model in each.references]
     tokenizer = None if recipe.vocabulary is None else recipe.vocabulary.source
-    return recipe.renamed({model: _placeless(model) for model in [*models, tokenizer] if isinstance(model, ModelRef)})
+    return recipe.renamed(
+        {model: _placeless(model) for model in [*models, *recipe.measured, tokenizer] if isinstance(model, ModelRef)}
+    )
 
 
 def _placeless(model: ModelRef) -> ModelRef:

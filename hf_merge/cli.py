@@ -43,6 +43,10 @@ Parameters = Annotated[
     list[str] | None,
     Option("--parameter", "-p", help="NAME=VALUE of the method; NAME=V1,V2 gives each model its own. Repeatable."),
 ]
+Statistics = Annotated[
+    list[str] | None,
+    Option("--statistics", help="File of `hf-merge measure` of a model; once for each, in their order. Repeatable."),
+]
 DType = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"] | None, Option("--dtype", help="Of the weights written.")
 ]
@@ -125,6 +129,7 @@ def merge(
     method: Method = None,
     base: Base = None,
     parameter: Parameters = None,
+    statistics: Statistics = None,
     dtype: DType = None,
     seed: Seed = None,
     missing: Missing = None,
@@ -169,12 +174,14 @@ def merge(
 ) -> None:
     """Merge models into a folder that from_pretrained loads, or straight into the Hub."""
     changes = _changes(
-        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing,
+        keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
         output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     if job is not None:
         here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
+                "--statistics": statistics,
                 "--resume": resume, "--stream": stream, "--local-files-only": local_files_only,
                 "--processes": processes > 1}  # fmt: skip
         if said := [flag for flag, value in here.items() if value]:
@@ -282,12 +289,72 @@ def push(
     out.result("Pushed", repo_id=info.repo_url.repo_id, commit=info.oid, url=info.pr_url or info.commit_url)
 
 
+@app.command(
+    "measure",
+    epilog=_examples(
+        "hf-merge measure org/a a.jsonl a.safetensors --what gram",
+        "hf-merge measure org/a images/ a.safetensors --what fisher --targets expected",
+        "hf-merge measure org/a a.jsonl org/b b.jsonl grams --what merged_gram",
+    ),
+)
+def measure(
+    words: Annotated[
+        list[str],
+        Argument(
+            help="MODEL DATA OUTPUT; of merged_gram MODEL DATA of each model, then OUTPUT. DATA: a file or folder."
+        ),
+    ],
+    what: Annotated[
+        Literal["fisher", "gram", "activations", "merged_gram"],
+        Option("--what", help="For the methods fisher, regmean (gram) and regmean_plus_plus (merged_gram)."),
+    ] = "gram",
+    targets: Annotated[
+        Literal["sampled", "data", "expected"],
+        Option("--targets", help="Labels of the Fisher information: the model's, the data's, all by their chance."),
+    ] = "sampled",
+    column: Annotated[
+        list[str] | None,
+        Option("--column", help="ROLE=NAME, as text=review; also text_pair, image, label. Repeatable."),
+    ] = None,
+    batch_size: Annotated[int, Option("--batch-size", help="Examples at a time.")] = 8,
+    max_examples: Annotated[int, Option("--max-examples", help="At most so many, drawn by the seed; 0: all.")] = 256,
+    max_length: Annotated[int, Option("--max-length", help="Of texts, in tokens.")] = 512,
+    seed: Annotated[int, Option("--seed", help="Examples and labels are drawn by it.")] = 0,
+    device_map: DeviceMap = "auto",
+    max_memory: Annotated[str, Option("--max-memory", help="Of the Gram matrices of one pass over the data.")] = "4GB",
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32", "float64"], Option("--dtype", help="In which the model runs.")
+    ] = "float32",
+    scaling: Annotated[float | None, Option("--scaling", help="Of merged_gram: that of the merge.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is at OUTPUT.")] = False,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """Run a model on data and leave a file of statistics, which some methods merge by."""
+    *pairs, output = words
+    together = what == "merged_gram"
+    if (len(pairs) != 2 and not together) or len(pairs) % 2 or not pairs:
+        raise click.UsageError("Give MODEL DATA OUTPUT; with --what merged_gram MODEL DATA of each model, then OUTPUT.")
+    if bad := [text for text in column or () if not all(text.partition("="))]:
+        raise click.UsageError(f"--column takes ROLE=NAME, as text=review; found '{bad[0]}'.")
+    model, data = (pairs[::2], pairs[1::2]) if together else pairs
+    made = hf_merge.measure(
+        model, data, what, output=output, targets=targets, batch_size=batch_size, max_examples=max_examples or None,
+        columns=dict(text.split("=", 1) for text in column or ()), max_length=max_length, seed=seed,
+        device_map=device_map, max_memory=max_memory, dtype=dtype, scaling=scaling, overwrite=overwrite, token=token,
+        cache_dir=cache_dir, local_files_only=local_files_only,
+    )  # fmt: skip
+    out.result("Measured", path=", ".join(map(str, made)) if isinstance(made, list) else str(made))
+
+
 @app.command("plan", epilog=_examples("hf-merge plan recipe.yaml", "hf-merge plan recipe.yaml --json"))
 def plan(
     sources: Sources,
     method: Method = None,
     base: Base = None,
     parameter: Parameters = None,
+    statistics: Statistics = None,
     dtype: DType = None,
     seed: Seed = None,
     missing: Missing = None,
@@ -312,7 +379,8 @@ def plan(
 ) -> None:
     """Say what a merge would read, write and need; only headers of weights are read."""
     changes = _changes(
-        parameter, method=method, base_model=base, dtype=dtype, seed=seed, missing=missing, keys=keys,
+        parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing,
+        keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
         output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip

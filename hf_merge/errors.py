@@ -6,6 +6,7 @@
     │   └── UnknownMethodError
     ├── SourceError          a model cannot be read
     ├── PlanError            the models do not fit together (`.problems` lists all of it)
+    ├── DataError            data that a model cannot be measured on
     ├── ComputeError         a tensor cannot be merged (a NaN, buffers that differ)
     └── OutputError          the result cannot be written
         ├── OutputExistsError
@@ -41,6 +42,10 @@ class UnknownMethodError(RecipeError, KeyError):
 
 class SourceError(MergeError):
     """A model that cannot be read."""
+
+
+class DataError(MergeError):
+    """Data that a model cannot be measured on."""
 
 
 class PlanError(MergeError):

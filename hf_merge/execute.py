@@ -144,7 +144,7 @@ class _WholeModel:
                 for tile in _inputs(self.plan, step, self.sources, lane, whole=False):
                     if self.stop.is_set():
                         raise RuntimeError("the merge has ended")
-                    yield Stack(tile, start=first + tile.start, base=tile.base)
+                    yield Stack(tile, start=first + tile.start, base=tile.base, measured=tile.measured)
             except (ArithmeticError, ValueError, RuntimeError, ComputeError) as error:
                 raise ComputeError(f"'{step.name}' by '{step.method}': {error}.") from error
             first += step.spec.numel
@@ -177,7 +177,7 @@ def compute(
 def _part(plan: Plan, step: Step, sources: Sequence[Tensors], index: Any, lane: Lane | None) -> Tensor:
     """Compute a part of a tensor, from the same part of its inputs where that is all it depends on."""
     method = get_method(step.method) if step.method else None
-    alone = method and method.tiled(step.settings) and not method.reductions and not method.seeded
+    alone = method and method.tiled(step.settings) and not (method.reductions or method.seeded or method.statistics)
     if not alone:
         return compute(plan, step, sources, lane=lane)[index]
     shape = torch.empty(step.spec.shape, device="meta")[index].shape
@@ -256,6 +256,7 @@ class _Inputs:
     step: Step
     lane: Lane
     check: bool
+    measured: Mapping[str, Sequence[Tensor]]
 
     def __iter__(self) -> Iterator[Stack]:
         numel = self.step.spec.numel
@@ -277,7 +278,18 @@ class _Inputs:
             model.sub_(buffers[-1])
         shape = self.step.spec.shape if self.whole else (size,)
         views = [model.view(shape) for model in models]
-        return Stack(views, start=start, base=None if base is None else base.view(shape))
+        measured = {name: self._measured(name, start, size, shape) for name in self.measured}
+        return Stack(views, start=start, base=None if base is None else base.view(shape), measured=measured)
+
+    def _measured(self, name: str, start: int, size: int, shape: tuple[int, ...]) -> Stack:
+        """Bring a statistic of every model to the device: of the tile's entries, or all of it."""
+        entries = get_method(str(self.step.method)).statistics[name].of == "entries"
+        parts = [t.reshape(-1)[start : start + size].view(shape) if entries else t for t in self.measured[name]]
+        dtype = compute_dtype([self.step.spec.dtype, *(t.dtype for t in self.models)])
+        parts = [part.to(self.lane.device, dtype) for part in parts]
+        if bad := next((label for part, label in zip(parts, self.labels, strict=False) if not _finite(part)), None):
+            raise ComputeError(f"the {name} of {bad} has NaN or Inf for this tensor: measure it again")
+        return Stack(parts)
 
     def _base_list(self) -> list[Tensor]:
         return [] if self.base is None else [self.base]
@@ -337,7 +349,15 @@ def _inputs(
     models, base = (flat, None) if step.base is None else (flat[:-1], flat[-1])
     labels = [str(plan.models[one.model]) for one in step.reads]
     deltas = get_method(str(step.method)).space == "deltas"
-    return _Inputs(models, base, labels, deltas, whole, step, lane, not plan.recipe.allow_nonfinite)
+    measured = {
+        name: [_statistics(sources[one.model], name)[one.name] for one in each] for name, each in step.measured.items()
+    }
+    return _Inputs(models, base, labels, deltas, whole, step, lane, not plan.recipe.allow_nonfinite, measured)
+
+
+def _statistics(source: Any, name: str) -> Tensors:
+    """Return what was measured of a model, also where that does not say what it is."""
+    return source.statistics[name if name in source.statistics else ""]
 
 
 def _rounded(merged: Tensor, dtype: torch.dtype) -> Tensor:

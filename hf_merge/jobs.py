@@ -130,7 +130,10 @@ def run_merge_job(
     token = token or get_token()
     if token is None and not dry_run:
         raise MergeError("A job needs a token to push with: pass token= (--token), HF_TOKEN, or run `hf auth login`.")
-    pinned = pin(Recipe.load(recipe, **changes), token=token, cache_dir=cache_dir)
+    loaded = Recipe.load(recipe, **changes)
+    if loaded.measured:
+        raise RecipeError(f"A job reads no statistics, and the recipe names '{loaded.measured[0]}': merge here.")
+    pinned = pin(loaded, token=token, cache_dir=cache_dir)
     options = {"private": private, "create-pr": create_pr, "exist-ok": exist_ok, "max-shard-size": max_shard_size}
     wanted = {
         "image": _compat.uv_image(),

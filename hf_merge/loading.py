@@ -18,7 +18,7 @@ from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_read
 from hf_merge.lazy import MergedSlice, Mergers
 from hf_merge.method import get_method, list_methods
 from hf_merge.planning import Plan
-from hf_merge.recipe import KEYWORDS, Recipe
+from hf_merge.recipe import KEYWORDS, STATISTICS, Recipe
 from hf_merge.sources import Source
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,12 @@ _SMALL = (".json", ".py", ".jinja")
 def recipe_words() -> set[str]:
     """Name every keyword that changes a recipe: its fields, and the parameters of all methods."""
     methods = [get_method(name) for name in list_methods()]
-    return {*KEYWORDS, *Recipe.model_fields, *(name for m in methods for name in (*m.parameters, *m.ignored))}
+    return {
+        *KEYWORDS,
+        STATISTICS,
+        *Recipe.model_fields,
+        *(name for m in methods for name in (*m.parameters, *m.ignored)),
+    }
 
 
 def load(plan: Plan, sources: Sequence[Source], *, name: str, auto_class: Any = None, **options: Any) -> Any:

@@ -11,6 +11,7 @@ Positional arguments are tensors, keyword-only arguments are parameters:
     base                the base model's weight (`Tensor`: required; `Tensor | None`: optional)
     name: Annotated[.., Reduced(f)]   a number about the whole tensor, computed by f(tiles, *, ...) beforehand;
                         with over="model" about the whole model, computed in a first pass
+    name: Fisher | Gram   statistics of every model, measured beforehand (hf_merge.measure); keyed like the model
     *, parameter        annotation = type and range; `PerModel[..]` = one value for each model; `Seed` = randomness
 
 What a signature cannot say, the decorator does: how many models (`models=`, `min_models=`), whether tiles will do
@@ -34,7 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from hf_merge.errors import ParameterError, UnknownMethodError, did_you_mean, shown
-from hf_merge.types import Each, Number, PerModelMark, Reduced, SeedMark, Stack
+from hf_merge.types import Each, Measured, Number, PerModelMark, Reduced, SeedMark, Stack
 
 BUILT_IN = "hf_merge.methods"
 ENTRY_POINTS = "hf_merge.methods"
@@ -106,6 +107,7 @@ class MergeMethod:
         count: exactly how many models it merges (base excluded), or None for any number from `least` on.
         least: how many models it merges at least.
         parameters: its parameters by name.
+        statistics: what is measured on data beforehand, by name; a tensor without it is averaged.
         reductions: numbers about the whole tensor or the whole model that it needs, in order.
         seeded: name of the parameter that gets the seeds, if the method is random.
         elementwise: whether each output entry depends on the same entry of the inputs only, so that it
@@ -125,6 +127,7 @@ class MergeMethod:
     count: int | None
     least: int
     parameters: Mapping[str, Parameter]
+    statistics: Mapping[str, Measured]
     reductions: Mapping[str, Reduced]
     seeded: str | None
     elementwise: bool | Callable[..., bool]
@@ -143,7 +146,8 @@ class MergeMethod:
         Args:
             models: one tensor of the same shape for each model; of factors, as `ops.factors.packed` makes them.
             base: the base model's tensor, for methods on weights that use one.
-            parameters: as in a recipe; a scalar holds for every model. `lambda` belongs to the addition to the
+            parameters: as in a recipe; a scalar holds for every model. Statistics are lists of a tensor for each
+                model: `fisher=[..]`. `lambda` belongs to the addition to the
                 base, which is not done here.
 
         Returns:
@@ -154,11 +158,19 @@ class MergeMethod:
             ParameterError: a parameter, the number of models, their shapes or a missing base.
         """
         self._check_call(models, base)
+        measured = self._measured(models, parameters)
+        parameters = {name: value for name, value in parameters.items() if name not in self.statistics}
         settings = self.settings(len(models), parameters)
         shape, dtype = models[0].shape, models[0].dtype
         wide, tiled = torch.promote_types(dtype, torch.float32), self.tiled(settings)
         tensors = [t.to(wide).flatten() if tiled else t.to(wide) for t in (*models, *_listed(base))]
-        stack = Stack(tensors[: len(models)], base=None if base is None else tensors[-1])
+        cast = {
+            name: Stack(
+                t.to(wide).flatten() if tiled and self.statistics[name].of == "entries" else t.to(wide) for t in each
+            )
+            for name, each in measured.items()
+        }
+        stack = Stack(tensors[: len(models)], base=None if base is None else tensors[-1], measured=cast)
         merged = self.run(stack, self.reduce([_stand_in(stack)], settings), settings)
         return merged.reshape(shape).to(dtype)
 
@@ -169,6 +181,20 @@ class MergeMethod:
             raise ParameterError(f"'{self.name}' merges into a base: pass it after the models.")
         if len({tuple(t.shape) for t in (*models, *_listed(base))}) > 1:
             raise ParameterError(f"'{self.name}' merges tensors of one shape; found {[list(t.shape) for t in models]}.")
+
+    def _measured(self, models: Sequence[Tensor], given: Mapping[str, Any]) -> dict[str, Sequence[Tensor]]:
+        """Check the statistics of a call."""
+        for name, kind in self.statistics.items():
+            found = given.get(name)
+            if not isinstance(found, (list, tuple)) or len(found) != len(models):
+                raise ParameterError(f"'{self.name}' needs {name}=[..], a tensor for each of the {len(models)} models.")
+            for model, one in zip(models, found, strict=True):
+                if not kind.fits(tuple(model.shape), tuple(one.shape)):
+                    raise ParameterError(
+                        f"'{name}' of '{self.name}' has the shape {list(one.shape)}, which does not fit a weight of "
+                        f"the shape {list(model.shape)}."
+                    )
+        return {name: given[name] for name in self.statistics}
 
     def takes(self, count: int) -> bool:
         """Whether it can merge so many models, base excluded."""
@@ -268,7 +294,8 @@ class MergeMethod:
         """Apply the function to a tensor or a tile of it."""
         base = () if self.base == "ignored" or self.space == "deltas" else (stack.base,)
         arguments = {k: v for k, v in settings.items() if k != LAMBDA.name}
-        return self.fn(stack, *base, *reduced.values(), **arguments)
+        measured = {name: stack.measured[name] for name in self.statistics}
+        return self.fn(stack, *base, **measured, **reduced, **arguments)
 
 
 def merge_method(
@@ -356,7 +383,8 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
     if space not in ("models", "deltas", "factors"):
         raise TypeError(f"The first argument of '{name}' must be called models, deltas or factors, not '{space}'.")
     reductions = {other: mark for other in others if (mark := _mark(hints[other], Reduced))}
-    if unknown := [other for other in others if other != "base" and other not in reductions]:
+    statistics = {other: mark for other in others if (mark := _mark(hints[other], Measured))}
+    if unknown := [other for other in others if other not in {"base", *reductions, *statistics}]:
         raise TypeError(f"'{name}' takes tensors it does not explain: {', '.join(unknown)}.")
     if not 0 < len(doc["summary"]) <= SUMMARY_LENGTH:
         raise TypeError(
@@ -374,6 +402,7 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
         space=space,
         base=needed,
         parameters={**parameters, **({LAMBDA.name: LAMBDA} if space == "deltas" else {})},
+        statistics=statistics,
         reductions=reductions,
         seeded=seeded,
         summary=doc["summary"],
@@ -450,4 +479,5 @@ def _stand_in(stack: Stack) -> Stack:
     if stack[0].device.type != "meta":
         return stack
     zero = torch.zeros(1)
-    return Stack([zero] * len(stack), base=None if stack.base is None else zero)
+    measured = {name: Stack([zero] * len(each)) for name, each in stack.measured.items()}
+    return Stack([zero] * len(stack), base=None if stack.base is None else zero, measured=measured)

@@ -17,6 +17,7 @@ from hf_merge.checking import idle_parameters
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
 from hf_merge.findings import Findings
+from hf_merge.measured import MeasuredInputs
 from hf_merge.method import LAMBDA, MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
 from hf_merge.passes import first_passes
@@ -98,6 +99,7 @@ class _Planner:
         self.matched: set[int] = set()
         self.planned: set[str] = set()
         self.findings = Findings(recipe, self.sources, self.donor)
+        self.measured = MeasuredInputs(self.sources)
         for cut in (cut for cuts in self.outline.cuts.values() for cut in cuts):
             self.cast(cut, None)
 
@@ -115,7 +117,7 @@ class _Planner:
             return _Cast(method, tuple(one for one in chosen if one is not cut.base), cut.base)
         # As in MergeKit, a base that is not listed is one more model to a method that has no base.
         counts = cut.base is not None and cut.base not in chosen and not self.sources[cut.base.place].is_reference
-        unlisted = rule is None and method.count is None and counts
+        unlisted = rule is None and method.count is None and counts and not method.statistics
         return _Cast(method, (*chosen, cut.base) if unlisted and cut.base else chosen, None)
 
     def _participant(self, cut: Cut, model: Ref) -> Participant:
@@ -142,11 +144,15 @@ class _Planner:
         if cast.base and not self._has(cast.base, target):
             self.findings.lacks_base(target.name)
             cast = _Cast(get_method("linear"), holders, None)
+        measured = self.measured.of(cast.method, target, holders) if cast.method.statistics else {}
+        if measured is None:
+            cast, measured = _Cast(get_method("linear"), cast.inputs, None), {}
         everyone = [*holders, *([cast.base] if cast.base else [])]
         specs = [self._compare(one, target) for one in everyone]
         written = TensorSpec(target.spec.shape, self.dtype or _common_dtype(specs))
         settings = self._settings(cast.method, target, holders, rule)
-        return Step(target.name, cast.method.name, *self._inputs(target, holders, cast.base), settings, written)
+        inputs, base = self._inputs(target, holders, cast.base)
+        return Step(target.name, cast.method.name, inputs, base, settings, written, measured=measured)
 
     def _inputs(
         self, target: Target, holders: Sequence[Participant], base: Participant | None
@@ -224,7 +230,8 @@ class _Planner:
 
     def bytes_read(self, step: Step) -> int:
         """Bytes of a step's inputs, its base among them."""
-        return sum(self.sources[one.model].bytes_read(one.name) for one in set(step.reads))
+        own = sum(self.sources[one.model].bytes_read(one.name) for one in set(step.reads))
+        return own + self.measured.bytes_of(step)
 
     def precision(self, step: Step) -> torch.dtype:
         """The dtype of a step's arithmetic."""
@@ -232,7 +239,8 @@ class _Planner:
 
     def memory(self, step: Step) -> int:
         """Estimate the bytes that a step takes beside mapped files and its output."""
-        return working_memory(step) + sum(self.sources[one.model].bytes_held(one.name) for one in set(step.reads))
+        held = sum(self.sources[one.model].bytes_held(one.name) for one in set(step.reads))
+        return working_memory(step) + held + self.measured.memory(step)
 
     def problems(self) -> Iterator[Problem]:
         """Yield all that was found."""
@@ -248,6 +256,7 @@ class _Planner:
             yield from found
         if self.recipe.keys == "intersection":
             yield from self.findings.dropped([name for name in self.donor.specs if name not in self.planned])
+        yield from self.measured.problems()
         yield from self.findings.problems(rearranged=bool(self.outline.stacks))
         yield from (Problem("warning", text) for text in self.outline.warnings)
         if self.recipe.lines and not any(LAMBDA.name in cast.method.parameters for cast in self.casts.values()):

@@ -85,6 +85,7 @@ class Step:
         settings: the method's parameters as plain numbers for this tensor.
         spec: shape and dtype that are written.
         device: where it is computed.
+        measured: by the name of a statistic, where each model has it: the model's place, and the name there.
         known: what the first pass found, once that was made: the method's numbers over the whole model.
     """
 
@@ -96,6 +97,7 @@ class Step:
     spec: TensorSpec
     device: str = "cpu"
     known: Mapping[str, Any] | None = None
+    measured: Mapping[str, tuple[Input, ...]] = field(default_factory=dict)
 
     @property
     def reads(self) -> tuple[Input, ...]:
@@ -349,7 +351,8 @@ def most_common_dtype(specs: Iterable[TensorSpec]) -> torch.dtype | None:
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
     spec = {"shape": list(step.spec.shape), "dtype": str(step.spec.dtype).removeprefix("torch.")}
-    return {**{f.name: getattr(step, f.name) for f in fields(step) if f.name != "known"}, "spec": spec}
+    said = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("known", "measured")}
+    return {**said, "spec": spec, **({"measured": step.measured} if step.measured else {})}
 
 
 def _describe(plan: Plan) -> Iterator[str]:

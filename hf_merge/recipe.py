@@ -63,6 +63,9 @@ from hf_merge.yaml_lines import MAX_BYTES, Document, Lines, load_documents
 ADAPTER_FIELDS = ("rank", "targets", "exact_svd", "keep_rest", "vllm", "space")
 """What is said of an adapter, and of nothing else."""
 
+STATISTICS = "statistics"
+"""The keyword with one file of statistics for each model."""
+
 KEYWORDS = {"method": "merge_method", "lambda_": "lambda"}
 """Python spellings of words of the recipe."""
 
@@ -247,6 +250,18 @@ class Recipe(Part):
         return list(dict.fromkeys(entry.model for piece in slices for entry in piece.sources))
 
     @property
+    def statistics(self) -> dict[Ref, tuple[Ref, ...]]:
+        """What was measured of each model, for those that have it."""
+        slices = [piece for part in self.parts.values() for piece in part.outline]
+        return {entry.model: entry.statistics for piece in slices for entry in piece.sources if entry.statistics}
+
+    @property
+    def measured(self) -> list[Ref]:
+        """Every file of statistics that the recipe or one of its stages names."""
+        each = [files for recipe in (self, *self.stages) for files in recipe.statistics.values()]
+        return list(dict.fromkeys(file for files in each for file in files))
+
+    @property
     def donor(self) -> Ref:
         """The model that gives config, tokenizer and the set of tensors: the base, or else the first."""
         return self.base_model or self.merged[0]
@@ -390,11 +405,30 @@ def _change(data: dict[str, Any], lines: Lines, words: Mapping[str, Any]) -> Rec
         raise RecipeError("\n".join(_explain(e, lines) for e in error.errors())) from None
     check(recipe, lines)
     given = {key: value for key, value in words.items() if key not in Recipe.model_fields}
+    if STATISTICS in given:
+        recipe = _with_statistics(recipe, given.pop(STATISTICS))
     if not given:
         return recipe
     changed = _with_parameters(recipe, given)
     check(changed, {})
     return changed
+
+
+def _with_statistics(recipe: Recipe, given: Any) -> Recipe:
+    """Say for every model what was measured of it."""
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(listed) != len(recipe.models):
+        raise RecipeError(f"'{STATISTICS}' has {len(listed)} entries for {len(recipe.models)} models: one for each.")
+    several = [each if isinstance(each, (list, tuple)) else () if each is None else (each,) for each in listed]
+    named = [[in_memory(one, f"statistics {i}") for one in each] for i, each in enumerate(several)]
+    try:
+        entries = tuple(
+            ModelEntry(**{**{name: getattr(entry, name) for name in entry.model_fields_set}, STATISTICS: own})
+            for entry, own in zip(recipe.models, named, strict=True)
+        )
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(e, {}) for e in error.errors())) from None
+    return recipe.model_copy(update={"models": entries})
 
 
 def _with_parameters(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:

@@ -93,6 +93,10 @@ def _pinned(made: Plan, sources: Sequence[Source], hub: Mapping[str, Any]) -> tu
         names[tokenizer] = pinned = _pinned_tokenizer(tokenizer, hub)
         if pinned.revision is None:
             here[tokenizer] = pinned
+    for file in made.recipe.measured:
+        if isinstance(file, InMemory):
+            raise RecipeError("A recipe repo names its statistics, and these are objects: measure them into files.")
+        names[file] = here[file] = _absolute(file)
     recipe = pinned_recipe(made.recipe.renamed(names), {names[model]: source for model, source in originals})
     return recipe, sorted({ref.path for ref in here.values()})
 

@@ -37,6 +37,10 @@ def _as_pattern(value: Any) -> str:
     return value
 
 
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
 def one_of(part: Any, names: Sequence[str]) -> None:
     """Check that a part says its models in one way, and each of them once."""
     given = [name for name in names if getattr(part, name)]
@@ -86,11 +90,13 @@ class ModelEntry(Part):
         model: which.
         layer_range: `[first, end)`, in slices only; all its layers if not given.
         parameters: they win over those of the recipe.
+        statistics: files with what was measured of it on data, for methods that need it; see docs/measuring.md.
     """
 
     model: Model
     layer_range: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]] | None = None
     parameters: dict[str, Setting] = Field(default_factory=dict)
+    statistics: Annotated[tuple[Model, ...], BeforeValidator(_as_list)] = ()
 
     @field_validator("layer_range")
     @classmethod

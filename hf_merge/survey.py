@@ -97,6 +97,10 @@ def _timed(method: MergeMethod, step: Step, shape: tuple[int, ...]) -> float:
     tensors = [torch.randn(shape, generator=numbers) for _ in step.reads]
     models, base = (tensors, None) if step.base is None else (tensors[:-1], tensors[-1])
     start = time.perf_counter()
-    tile = Stack(models, start=0, base=base)
+    measured = {
+        name: Stack(one.abs() if kind.of == "entries" else torch.eye(_SIDE) for one in models)
+        for name, kind in method.statistics.items()
+    }
+    tile = Stack(models, start=0, base=base, measured=measured)
     method.run(tile, method.reduce([tile], step.settings), step.settings)
     return time.perf_counter() - start

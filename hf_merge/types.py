@@ -24,14 +24,23 @@ class Stack(tuple[Tensor, ...]):
     Attributes:
         start: index of the first element in its tensor, or in the whole model if a reduction went over that.
         base: the base model's weight for these elements, if the recipe has a base.
+        measured: by name, what was measured of every model: for these elements, or for the whole tensor.
     """
 
     start: int
     base: Tensor | None
+    measured: Mapping[str, Stack]
 
-    def __new__(cls, tensors: Iterable[Tensor], *, start: int = 0, base: Tensor | None = None) -> Stack:
+    def __new__(
+        cls,
+        tensors: Iterable[Tensor],
+        *,
+        start: int = 0,
+        base: Tensor | None = None,
+        measured: Mapping[str, Stack] | None = None,
+    ) -> Stack:
         stack = super().__new__(cls, tensors)
-        stack.start, stack.base = start, base
+        stack.start, stack.base, stack.measured = start, base, measured or {}
         return stack
 
 
@@ -77,10 +86,49 @@ class Reduced:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Marks an argument that was measured on data beforehand: one tensor of every model, keyed like its weights.
+
+    Attributes:
+        of: `entries`: a number for each entry of the weight, so that it has the weight's shape and is tiled with it;
+            `inputs`: a square matrix over the inputs of the weight, see `inputs_of`; `outputs`: two rows over its
+            outputs.
+    """
+
+    of: Literal["entries", "inputs", "outputs"]
+
+    def fits(self, weight: tuple[int, ...], found: tuple[int, ...]) -> bool:
+        """Tell whether a statistic of this shape may belong to a weight of that shape."""
+        if self.of == "entries":
+            return weight == found
+        if self.of == "outputs":
+            return len(found) == 2 and found[0] == 2 and found[1] in (weight[:1] + weight[-1:])
+        return len(weight) > 1 and math.prod(found) == found[-1] ** 2 and inputs_of(weight, found) == found[-1]
+
+
+def inputs_of(weight: tuple[int, ...], gram: tuple[int, ...]) -> int:
+    """Return how many inputs a weight has to which a matrix over inputs of this shape belongs.
+
+    The matrix is (in, in) for a weight (out, in, ...) whose further axes are flattened, as torch's Linear and
+    convolutions have it, and (in, 1, in) for a weight (in, out), as the Conv1D of transformers has it.
+    """
+    return weight[0] if len(gram) == 3 else math.prod(weight[1:])
+
+
+@dataclass(frozen=True)
 class Each:
     """A default that holds for each model."""
 
     value: Any
+
+
+Fisher: TypeAlias = Annotated[Stack, Measured("entries")]
+"""The diagonal Fisher information of every model, entry by entry."""
+Gram: TypeAlias = Annotated[Stack, Measured("inputs")]
+"""X^T X / n of the inputs of a weight, for every model."""
+
+Activations: TypeAlias = Annotated[Stack, Measured("outputs")]
+"""Mean and root mean square of the outputs of a weight, for every model: (2, out)."""
 
 
 def each(value: Any) -> Any:
@@ -142,6 +190,12 @@ class SourceLike(Protocol):
     shared: Mapping[str, str]
     is_reference: bool
     packed: bool
+
+    @property
+    def statistics_specs(self) -> Mapping[str, Mapping[str, TensorSpec]]: ...
+
+    @property
+    def doubts(self) -> tuple[str, ...]: ...
 
     def bytes_read(self, name: str) -> int: ...
 

@@ -173,7 +173,8 @@ def test_space_full_equals_the_method_on_the_changes_themselves(words, bases, tm
 
 
 def of_any_space():
-    return [name for name in list_methods() if get_method(name).takes(2) or get_method(name).takes(1)]
+    found = [get_method(name) for name in list_methods()]
+    return [m.name for m in found if (m.takes(2) or m.takes(1)) and not m.statistics]
 
 
 @pytest.mark.parametrize("method", of_any_space())
@@ -184,6 +185,11 @@ def test_every_method_merges_adapters(method, different, bases, tmp_path):
     base = {} if found.base == "ignored" or found.space == "deltas" else {"base_model": different[2]}
     hf_merge.merge(models, tmp_path / "merged", method=method, **base)
     assert largest(bases.change(tmp_path / "merged")) > 0
+
+
+def test_methods_that_merge_by_statistics_of_models_are_refused(different, tmp_path):
+    with pytest.raises(hf_merge.RecipeError, match="'regmean' merges by statistics of whole models"):
+        hf_merge.merge(different[:2], tmp_path / "merged", method="regmean")
 
 
 def test_slerp_and_its_ends(different, bases, tmp_path):

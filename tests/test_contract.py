@@ -136,14 +136,55 @@ any_number = st.one_of(st.sampled_from(SPECIAL), st.floats(-1000, 1000, width=32
 few_numbers = st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 4.0])
 
 
+def shapes_of(method: MergeMethod) -> list:
+    """Shapes of the tensors that a method sees; those that have no inputs are averaged before it sees them."""
+    if method in FACTORS:
+        return FACTOR_SHAPES
+    return [shape for shape in SHAPES if len(shape) > 1 or not on_matrices(method)]
+
+
+def on_matrices(method: MergeMethod) -> bool:
+    return any(kind.of != "entries" for kind in method.statistics.values())
+
+
+def statistics_of(method: MergeMethod, models, seed=0, scale=1.0) -> dict:
+    """Statistics as they are measured: squares for each entry, Gram matrices of inputs, some of them singular."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, dtype = models[0].shape, models[0].dtype
+    found: dict = {}
+    for name, kind in method.statistics.items():
+        if kind.of == "entries":
+            found[name] = [scale * torch.randn(shape, generator=generator).to(dtype).square() for _ in models]
+        elif len(shape) > 1:
+            size = shape[1:].numel()
+            rows = [torch.randn(1 + seed, size, generator=generator).to(dtype) for _ in models]
+            found[name] = [scale * row.mT @ row for row in rows]
+    return found
+
+
+def call(method: MergeMethod, models, base=None, **parameters):
+    """Call a method, with some statistics if none are given."""
+    given = method.statistics.keys() & parameters.keys()
+    measured = (
+        {} if given else {k: [t.to(models[0].device) for t in v] for k, v in statistics_of(method, models).items()}
+    )
+    return method(models, base, **measured, **parameters)
+
+
+def settings_of(method: MergeMethod, count: int, parameters: dict) -> dict:
+    """Complete parameters, the statistics among them left out."""
+    return method.settings(count, {k: v for k, v in parameters.items() if k not in method.statistics})
+
+
 @st.composite
 def merges(draw, method: MergeMethod, *, count=None, elements=any_number, numbers=NUMBERS, dtype=torch.float32):
     """Inputs of a method: models of one shape, a base, and parameters with the seeds."""
-    shape = draw(st.sampled_from(FACTOR_SHAPES if method in FACTORS else SHAPES))
+    shape = draw(st.sampled_from(shapes_of(method)))
     count = method.count or count or draw(st.integers(method.least, 3))
     elements = small_number if method in FACTORS else elements
     models = [draw(tensors(shape, elements, dtype)) for _ in range(count)]
-    return models, draw(tensors(shape, elements, dtype)), draw(parameters_of(method, count, numbers))
+    measured = statistics_of(method, models, draw(st.integers(0, 9)), draw(st.sampled_from([0.0, 1e-9, 1.0, 1e9])))
+    return models, draw(tensors(shape, elements, dtype)), {**draw(parameters_of(method, count, numbers)), **measured}
 
 
 @st.composite
@@ -185,6 +226,9 @@ def example(method: MergeMethod, shape=(12, 5), seed=0):
 def merged_by_engine(method: MergeMethod, models, base, **parameters):
     """Merge state dicts of one tensor."""
     given = None if base is None else {"w": base}
+    measured = statistics_of(method, models)
+    parameters["statistics"] = [{"w": each[i]} if (each := next(iter(measured.values()), None)) else {}
+                                for i in range(len(models))] if method.statistics else None  # fmt: skip
     return hf_merge.merge_state_dicts([{"w": m} for m in models], method=method.name, base_model=given, **parameters)[
         "w"
     ]
@@ -207,7 +251,7 @@ def assert_close(found, expected, models, method, message=""):
 def test_finite_inputs_give_a_finite_result_of_their_shape_and_dtype(method, with_base, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     models, base, parameters = data.draw(merges(method, dtype=dtype))
-    merged = method(models, base if with_base else None, **parameters)
+    merged = call(method, models, base if with_base else None, **parameters)
     assert merged.shape == models[0].shape
     assert merged.dtype == dtype
     assert merged.isfinite().all(), merged
@@ -220,8 +264,8 @@ def test_inputs_and_parameters_are_left_untouched_and_a_second_call_gives_the_sa
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     models, base, parameters = data.draw(merges(method, dtype=dtype))
     copies, base_copy, parameters_copy = [m.clone() for m in models], base.clone(), repr(parameters)
-    first = method(models, base if with_base else None, **parameters).clone()
-    second = method(models, base if with_base else None, **parameters)
+    first = call(method, models, base if with_base else None, **parameters).clone()
+    second = call(method, models, base if with_base else None, **parameters)
     assert all(m.equal(copy) for m, copy in zip(models, copies, strict=True))
     assert base.equal(base_copy)
     assert repr(parameters) == parameters_copy
@@ -233,19 +277,22 @@ def test_inputs_and_parameters_are_left_untouched_and_a_second_call_gives_the_sa
 @some
 def test_task_vectors_of_zeros_give_zeros(method, data):
     models, _, parameters = data.draw(merges(method, elements=st.just(0.0)))
-    assert method(models, **parameters).count_nonzero() == 0
+    assert call(method, models, **parameters).count_nonzero() == 0
 
 
 @each_use(WEIGHTS)
 @given(data=st.data())
 @some
 def test_identical_models_give_that_model(method, with_base, data):
-    shape, count = data.draw(st.sampled_from(SHAPES)), method.count or data.draw(st.integers(method.least, 3))
+    shape, count = (
+        data.draw(st.sampled_from(shapes_of(method))),
+        method.count or data.draw(st.integers(method.least, 3)),
+    )
     model = data.draw(tensors(shape, any_number))
     drawn = data.draw(parameters_of(method, count, numbers=[0.5, 1.0, 3.0]))
     free = [p for p in method.parameters.values() if p.per_model and is_plain_number(p)]
     free += [p for p in method.parameters.values() if {"minimum", "exclusiveMinimum", "enum"} & schema_of(p).keys()]
-    merged = method([model] * count, model if with_base else None, **{p.name: drawn[p.name] for p in free})
+    merged = call(method, [model] * count, model if with_base else None, **{p.name: drawn[p.name] for p in free})
     torch.testing.assert_close(merged, model, rtol=1e-6, atol=1e-6)
 
 
@@ -255,8 +302,8 @@ def test_identical_models_give_that_model(method, with_base, data):
 def test_the_order_of_two_models_does_not_matter(method, with_base, data):
     models, base, parameters = data.draw(merges(method, count=2, numbers=POWERS))
     mirrored = {k: v[::-1] if isinstance(v, list) else v for k, v in parameters.items()}
-    one = method(models, base if with_base else None, **parameters)
-    other = method(models[::-1], base if with_base else None, **mirrored)
+    one = call(method, models, base if with_base else None, **parameters)
+    other = call(method, models[::-1], base if with_base else None, **mirrored)
     assert_close(other, one, models, method)
 
 
@@ -268,8 +315,11 @@ def test_the_order_of_three_models_does_not_matter(method, with_base, data):
     weights = {p.name: drawn[p.name] for p in method.parameters.values() if p.per_model and is_plain_number(p)}
     given_base = base if with_base else None
     order = data.draw(st.permutations(range(3)))
-    one = method(models, given_base, **weights)
-    other = method([models[i] for i in order], given_base, **{k: [v[i] for i in order] for k, v in weights.items()})
+    weights |= {name: drawn[name] for name in method.statistics}
+    one = call(method, models, given_base, **weights)
+    other = call(
+        method, [models[i] for i in order], given_base, **{k: [v[i] for i in order] for k, v in weights.items()}
+    )
     assert_close(other, one, models, method)
 
 
@@ -281,7 +331,7 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another_mask(metho
     delta = torch.ones(64, 8)
     count = method.count or 1
     parameters = {k: v for k, v in at_half(method, count).items() if k != method.seeded}
-    first, again, other = (method([delta] * count, **parameters, **{method.seeded: seed}) for seed in (3, 3, 4))
+    first, again, other = (call(method, [delta] * count, **parameters, **{method.seeded: seed}) for seed in (3, 3, 4))
     assert first.equal(again)
     assert 0 < first.count_nonzero() < first.numel()
     differing = int(((first != 0) != (other != 0)).sum())
@@ -293,7 +343,7 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another_mask(metho
 def test_one_seed_gives_every_model_a_mask_independent_of_the_others(method, seed):
     seeds = method.settings(3, {method.seeded: seed})[method.seeded]
     parameters = {k: v for k, v in at_half(method, 1).items() if k != method.seeded}
-    masks = [method([torch.ones(4096)], **parameters, **{method.seeded: [s]}) != 0 for s in seeds]
+    masks = [call(method, [torch.ones(4096)], **parameters, **{method.seeded: [s]}) != 0 for s in seeds]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         share = float((masks[one] & masks[other]).double().mean())
         assert share == pytest.approx(1 / 4, abs=5 * 0.433 / 64), f"models {one} and {other}"
@@ -320,7 +370,7 @@ def test_the_engine_gives_every_tensor_its_own_mask_and_follows_the_seed_of_the_
 def test_one_model_at_neutral_values_is_left_as_it_is(method, with_base):
     models, base = example(method)
     neutral = {name: value for name, value in NEUTRAL.items() if name in method.parameters}
-    merged = method(models[:1], base if with_base else None, **neutral)
+    merged = call(method, models[:1], base if with_base else None, **neutral)
     torch.testing.assert_close(merged, models[0], rtol=1e-6, atol=0)
 
 
@@ -328,13 +378,13 @@ def test_one_model_at_neutral_values_is_left_as_it_is(method, with_base):
 def test_a_density_of_1_trims_nothing_whatever_the_rescaling_and_the_seed(method, with_base):
     models, base = example(method)
     given_base = base if with_base else None
-    expected = method(models, given_base, density=1.0)
+    expected = call(method, models, given_base, density=1.0)
     others = [p for p in method.parameters.values() if p.name == "rescale"]
     variants = [{p.name: value} for p in others for value in schema_of(p)["enum"]]
     variants += [{method.seeded: seed} for seed in (1, 2) if method.seeded]
     for variant in variants:
-        assert method(models, given_base, density=1.0, **variant).equal(expected), variant
-    assert method([models[0]], given_base, density=1.0).count_nonzero() == models[0].numel()
+        assert call(method, models, given_base, density=1.0, **variant).equal(expected), variant
+    assert call(method, [models[0]], given_base, density=1.0).count_nonzero() == models[0].numel()
 
 
 @each_method([m for m in WEIGHTS if m.count == 1 and any(n in m.parameters for n in GIVES_BASE)])
@@ -343,7 +393,7 @@ def test_the_ends_of_an_interpolation_are_the_base_and_the_model(method):
     for ends, expected in ((GIVES_BASE, base), (GIVES_MODEL, model)):
         given_ends = {k: v for k, v in ends.items() if k in method.parameters and is_fraction(method.parameters[k])}
         if given_ends:
-            torch.testing.assert_close(method([model], base, **given_ends), expected, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(call(method, [model], base, **given_ends), expected, rtol=1e-6, atol=1e-7)
 
 
 @each_method(DELTAS)
@@ -362,9 +412,9 @@ def test_the_engine_computes_what_a_call_on_tensors_does(method, with_base):
     parameters = {k: 1.0 if is_fraction(method.parameters[k]) and method.seeded else v for k, v in parameters.items()}
     found = merged_by_engine(method, models, base if with_base or method in DELTAS else None, **parameters)
     if method.space == "deltas":
-        expected = base + method([model - base for model in models], **parameters)
+        expected = base + call(method, [model - base for model in models], **parameters)
     else:
-        expected = method(models, base if with_base else None, **parameters)
+        expected = call(method, models, base if with_base else None, **parameters)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -428,24 +478,31 @@ def test_the_weight_of_an_adapter_scales_its_product(method):
 def test_a_method_runs_on_the_meta_device(method, with_base, data):
     models, base, parameters = data.draw(merges(method))
     on_meta = [model.to("meta") for model in models]
-    merged = method(on_meta, base.to("meta") if with_base else None, **parameters)
+    parameters |= {name: [one.to("meta") for one in parameters[name]] for name in method.statistics}
+    merged = call(method, on_meta, base.to("meta") if with_base else None, **parameters)
     assert merged.device.type == "meta"
     assert merged.shape == models[0].shape
     assert merged.dtype == models[0].dtype
 
 
-def split(models, base, size):
+def split(method, models, base, size):
     """Tiles of a flattened tensor, as the executor makes them."""
     flat = [model.flatten() for model in models]
+    measured = {name: [one.flatten() for one in each] for name, each in statistics_of(method, models).items()}
     below = None if base is None else base.flatten()
     return [
-        Stack([f[i : i + size] for f in flat], start=i, base=None if below is None else below[i : i + size])
+        Stack(
+            [f[i : i + size] for f in flat],
+            start=i,
+            base=None if below is None else below[i : i + size],
+            measured={name: Stack(one[i : i + size] for one in each) for name, each in measured.items()},
+        )
         for i in range(0, flat[0].numel(), size)
     ]
 
 
 def run_on_tiles(method, models, base, size, checked):
-    tiles = split(models, base, size)
+    tiles = split(method, models, base, size)
     reduced = method.reduce(tiles, checked)
     return torch.cat([method.run(tile, reduced, checked) for tile in tiles]).reshape(models[0].shape)
 
@@ -455,7 +512,7 @@ def run_on_tiles(method, models, base, size, checked):
 @some
 def test_a_method_that_says_it_is_elementwise_gives_the_same_on_tiles(method, data):
     models, base, parameters = data.draw(merges(method, numbers=POWERS).filter(lambda drawn: drawn[1].numel()))
-    checked = method.settings(len(models), parameters)
+    checked = settings_of(method, len(models), parameters)
     assume(method.tiled(checked))
     whole = run_on_tiles(method, models, base, models[0].numel(), checked)
     for size in (1, 2, 3, 7):
@@ -471,7 +528,7 @@ def test_tiles_of_a_large_tensor_give_what_a_call_on_the_whole_gives(method):
     models = [torch.randint(-9, 10, shape, generator=generator) / 4 for _ in range(method.count or 2)]
     base = torch.randint(-9, 10, shape, generator=generator) / 4
     checked = at_half(method, len(models))
-    whole = method(models, base if method in WEIGHTS and method.base != "ignored" else None, **checked)
+    whole = call(method, models, base if method in WEIGHTS and method.base != "ignored" else None, **checked)
     for size in (16_411, 70_034):
         assert_close(
             run_on_tiles(method, models, base, size, checked), whole, [*models, base], method, f"tiles of {size}: "
@@ -482,7 +539,7 @@ def test_tiles_of_a_large_tensor_give_what_a_call_on_the_whole_gives(method):
 def test_the_order_in_which_tiles_run_does_not_matter(method):
     models, base = example(method, shape=(101,))
     checked = at_half(method, len(models))
-    tiles = split(models, base, 13)
+    tiles = split(method, models, base, 13)
     reduced = method.reduce(tiles, checked)
     forwards = [method.run(tile, reduced, checked).clone() for tile in tiles]
     backwards = [method.run(tile, reduced, checked).clone() for tile in reversed(tiles)]
@@ -503,7 +560,7 @@ def test_a_value_out_of_range_is_refused_and_the_parameter_is_named(method, para
 
 @each_parameter
 def test_the_engine_refuses_a_value_out_of_range_before_it_merges(method, parameter):
-    models, base = example(method, shape=(2,))
+    models, base = example(method, shape=(2, 2))
     value = next(bad for bad in bad_values(parameter) if bad is not None)
     with pytest.raises(ParameterError, match=f"'{parameter.name}'"):
         merged_by_engine(method, models, base, **{parameter.name: value})

@@ -152,13 +152,17 @@ def test_integers_must_agree():
 def test_inputs_are_never_changed():
     models = states()
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in models]
-    for method in (name for name in hf_merge.list_methods() if hf_merge.get_method(name).space != "factors"):
-        count = hf_merge.get_method(method).count or 2
+    for method in hf_merge.list_methods():
+        described = hf_merge.get_method(method)
+        if described.space == "factors":
+            continue
+        count = described.count or 2
         hf_merge.merge_state_dicts(
             models[1 : 1 + count],
             method=method,
             base_model=models[0] if method != "passthrough" else None,
-            **({"weight": 0.5} if method == "linear" else {}),
+            **({"weight": 0.5} if method in ("linear", "cat") else {}),
+            **({"statistics": [{}] * count} if described.statistics else {}),
         )
     for model, kept in zip(models, before, strict=True):
         assert all(torch.equal(model[name], kept[name]) for name in kept)

@@ -96,6 +96,42 @@ def test_methods_give_what_the_papers_code_gives(name, prefix):
         assert float((found - expected).abs().max()) <= tolerance, key
 
 
+MEASURED = {
+    ("fisher", "normalized"): {"method": "fisher"},
+    ("fisher", "unnormalized"): {"method": "fisher", "normalize": False},
+    ("fisher", "coef_0.5_0.3_0.2"): {"method": "fisher", "weight": [0.5, 0.3, 0.2]},
+    ("regmean", "a1.0"): {"method": "regmean", "scaling": 1.0, "ridge": 1e-12},
+    ("regmean", "a0.9"): {"method": "regmean", "scaling": 0.9},
+    ("regmean", "a0.1"): {"method": "regmean", "scaling": 0.1},
+}
+"""The same for methods with statistics; their classifiers are not merged."""
+
+
+def measured(what):
+    """Return the statistics of every fine-tune, keyed like its weights."""
+    found: dict = {}
+    for key, tensor in load_file(PAPERS / "inputs_roberta3_stats.safetensors").items():
+        kind, _, name = key.partition("/")
+        if kind.startswith(what) and "classifier" not in name:
+            found.setdefault(kind, {})[name if what == "fisher" else f"{name}.weight"] = tensor
+    return [found[kind] for kind in sorted(found)]
+
+
+@pytest.mark.skipif(not PAPERS.is_dir(), reason="no golden data beside the checkout")
+@pytest.mark.parametrize(("name", "prefix"), MEASURED, ids=lambda part: part)
+def test_methods_with_statistics_give_what_the_papers_code_gives(name, prefix):
+    _, models = inputs("inputs_roberta3")
+    models = [{key: one for key, one in model.items() if "classifier" not in key} for model in models]
+    statistics = measured("fisher" if name == "fisher" else "gram")
+    merged = hf_merge.merge_state_dicts(models, statistics=statistics, **MEASURED[name, prefix])
+    published = load_file(PAPERS / f"{name}.safetensors")
+    keys = [key for key in published if key.startswith(f"{prefix}/")]
+    assert {key.removeprefix(f"{prefix}/") for key in keys} == merged.keys()
+    for key in keys:
+        distance = (published[key].double() - merged[key.removeprefix(f"{prefix}/")].double()).abs().max()
+        assert float(distance) <= (5e-7 if name == "fisher" else 5e-6), key
+
+
 @pytest.mark.skipif(not PAPERS.is_dir(), reason="no golden data beside the checkout")
 @pytest.mark.parametrize("model", range(2))
 def test_the_released_filter_gives_the_released_vectors(model):

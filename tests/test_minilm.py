@@ -24,7 +24,21 @@ def merge(minilm, method, output):
     described = hf_merge.get_method(method)
     models = [minilm["a"], minilm["b"]] if described.takes(2) else [minilm["a"]]
     base = None if described.base == "ignored" else minilm["base"]
-    return hf_merge.merge(models, output, method=method, base_model=base, **PARAMETERS.get(method, {}))
+    measured = {}
+    if described.statistics:
+        what = next(iter(described.statistics))
+        texts = [[{"text": f"a cat sat on the mat of house {i}"} for i in range(3)]] * 2
+        files = output.with_name("statistics") if what == "merged_gram" else None
+        if files:
+            measured = {"statistics": hf_merge.measure(models, texts, what, output=files)}
+        elif what == "gram":
+            named = zip(models, texts, "ab", strict=True)
+            measured = {"statistics": [hf_merge.measure(m, t, what, output=output.with_name(f"{n}.safetensors"))
+                                       for m, t, n in named]}  # fmt: skip
+        else:  # the model has no head, and nothing that is likely
+            measured = {"statistics": [{k: v.float().square() for k, v in load_file(m / "model.safetensors").items()
+                                        if v.is_floating_point()} for m in models]}  # fmt: skip
+    return hf_merge.merge(models, output, method=method, base_model=base, **measured, **PARAMETERS.get(method, {}))
 
 
 OF_MODELS = [name for name in hf_merge.list_methods() if hf_merge.get_method(name).space != "factors"]

@@ -129,6 +129,10 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
         RecipeError: the recipe asks for what cannot be done with adapters.
     """
     _refuse_words(recipe)
+    if asking := [name for name in _methods(recipe) if get_method(name).statistics]:
+        raise RecipeError(
+            f"'{asking[0]}' merges by statistics of whole models, and adapters alone have none: name base+adapter."
+        )
     loras = [*adapters.values()]
     _refuse_unmergeable(loras)
     space = _space(recipe)(loras)

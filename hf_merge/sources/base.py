@@ -32,6 +32,9 @@ class Source(Mapping[str, Tensor]):
         packed: whether it is an adapter that shows its factors, packed as `ops.factors` says.
         remarks: what whoever merges it should know, in sentences.
         metadata: what a file of weights says beside them, in words.
+        statistics: what was measured of it on data, by what that is, each keyed like the tensors.
+        statistics_specs: their shapes and dtypes.
+        doubts: why they cannot be its own, in sentences.
     """
 
     label: str
@@ -48,6 +51,9 @@ class Source(Mapping[str, Tensor]):
     packed: bool = False
     remarks: tuple[str, ...] = ()
     metadata: Mapping[str, str] = {}
+    statistics: Mapping[str, Mapping[str, Tensor]] = {}
+    statistics_specs: Mapping[str, Mapping[str, TensorSpec]] = {}
+    doubts: tuple[str, ...] = ()
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
