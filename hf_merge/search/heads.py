@@ -1,0 +1,79 @@
+"""Which tensors are heads: they belong to one task each and are not merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from hf_merge.errors import ParameterError
+from hf_merge.search.backbone import place
+from hf_merge.sources import Source
+
+
+def find_heads(
+    names: Sequence[str],
+    experts: Mapping[str, tuple[Any, Source]],
+    base: Source,
+    wanted: Sequence[str] | None,
+    *,
+    judge: bool,
+) -> list[str]:
+    """Name the tensors of the base that are heads.
+
+    Args:
+        names: of the tensors of floats that a merge has.
+        experts: for each task its model, and its weights under the base's names.
+        base: the base's weights.
+        wanted: patterns, or parts of names; if None, tensors of several shapes are heads, and then those that
+            transformers' class has on top of its backbone, if the models' labels say that they are of several tasks.
+        judge: whether the second of these is asked: the objective needs heads that go with their task.
+
+    Raises:
+        ParameterError: patterns that match nothing, or heads that cannot be told apart.
+    """
+    shapes = {name: {source.specs[name].shape for _, source in experts.values() if name in source.specs}
+              | {base.specs[name].shape for _ in [0]} for name in names}  # fmt: skip
+    several = [name for name in names if len(shapes[name]) > 1]
+    if wanted is not None:
+        return [*dict.fromkeys([*several, *_matched(names, wanted)])]
+    if several or not judge:
+        return several
+    return _on_top(names, experts)
+
+
+def _matched(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for pattern in wanted:
+        whole = bool(set("*?[") & set(pattern))
+        matches = [name for name in names if (fnmatchcase(name, pattern) if whole else pattern in name)]
+        if not matches:
+            last = ", ".join(list(names)[-4:])
+            raise ParameterError(f"heads= names '{pattern}', and no tensor is called so (the last ones are {last}).")
+        found += matches
+    return found
+
+
+def _on_top(names: Sequence[str], experts: Mapping[str, tuple[Any, Source]]) -> list[str]:
+    """Name heads of one shape: those on top of the backbone that differ, if the labels say that the tasks do."""
+    module = next(iter(experts.values()))[0]
+    prefix = getattr(module, "base_model_prefix", "")
+    if not prefix or getattr(module, prefix, None) in (None, module):
+        return []
+    sources = [source for _, source in experts.values()]
+    placed = place(module, names, {name: sources[0].specs[name].shape for name in names if name in sources[0].specs})
+    tops = [name for name, (live, _) in placed.items() if not live.startswith(f"{prefix}.")]
+    differing = [name for name in tops
+                 if any(not torch.equal(sources[0][name], other[name]) for other in sources[1:])]  # fmt: skip
+    if not differing:
+        return tops  # one head for all, as the texts of CLIP are: it is kept as it is
+    labels = [tuple(sorted((getattr(model.config, "id2label", None) or {}).items())) for model, _ in experts.values()]
+    if len(set(labels)) == len(labels):
+        return tops
+    raise ParameterError(
+        f"The models' heads cannot be told apart: {', '.join(differing[:3])} differ and have one shape, and so do not "
+        f"the labels in config.json. Say heads=['{differing[0]}'] if each is of a task of its own, or heads=[] to merge "
+        "them."
+    )
