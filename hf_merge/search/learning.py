@@ -85,6 +85,7 @@ def adamerging(
     steps: int = 500,
     learning_rate: float = 1e-3,
     batch_size: int = 16,
+    batches_per_step: int = 1,
     seed: int = 0,
     heads: Sequence[str] | None = None,
     classes: Mapping[str, Sequence[int]] | None = None,
@@ -114,9 +115,10 @@ def adamerging(
         filtered: AdaMerging++: of each task vector what TIES keeps.
         density: with `filtered`, the fraction of its entries.
         initial: all coefficients, at first.
-        steps: of Adam; each takes one batch of every task.
+        steps: of Adam.
         learning_rate: of Adam.
-        batch_size: examples of a task in a step.
+        batch_size: examples of a task in a batch.
+        batches_per_step: of every task, whose losses are added up; the authors' code takes 2.
         seed: of the order of the data.
         heads: tensors that are not merged, by parts of their names or patterns; each task keeps its own. Found if not
             given, as those that differ in shape.
@@ -134,7 +136,7 @@ def adamerging(
         ParameterError: data, coefficients, classes or heads that cannot be meant.
         MergeError: as `merge`.
     """
-    _check(level, objective, initial, steps, learning_rate, batch_size, density, dtype)
+    _check(level, objective, initial, steps, learning_rate, batch_size, batches_per_step, density, dtype)
     tasks, base = _tasks(models, base_model)
     given = _data_of(tasks, data)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -148,7 +150,7 @@ def adamerging(
     streams = {task: endless(ready.modules[task], given[task], batch_size, seed + i, name=f"The data of '{task}'")
                for i, task in enumerate(tasks)}  # fmt: skip
     learner = _Learner(backbone, ready.modules, teachers, streams, objective, classes or {}, where)
-    coefficients, log = learner.learn(initial, steps, learning_rate)
+    coefficients, log = learner.learn(initial, steps, learning_rate, batches_per_step)
     named = _named(coefficients, backbone, tasks, ready.copies)
     recipe = _with_weights(ready.recipe, [*named.values()])
     learnt = Learnt(recipe, named, log, tuple(ready.heads), ready.modules)
@@ -157,8 +159,8 @@ def adamerging(
     return learnt
 
 
-def _check(level: str, objective: str, initial: float, steps: int, rate: float, size: int, density: float,
-           dtype: str) -> None:  # fmt: skip
+def _check(level: str, objective: str, initial: float, steps: int, rate: float, size: int, several: int,
+           density: float, dtype: str) -> None:  # fmt: skip
     words = {"level": (level, ("layer", "task")), "objective": (objective, OBJECTIVES),
              "dtype": (dtype, ("float32", "bfloat16"))}  # fmt: skip
     for name, (value, known) in words.items():
@@ -168,7 +170,8 @@ def _check(level: str, objective: str, initial: float, steps: int, rate: float, 
             )
     numbers = {"initial": (initial, 0 <= initial <= 1, "in [0, 1]"), "density": (density, 0 < density <= 1, "in (0, 1]"),
                "learning_rate": (rate, 0 < rate < math.inf, "above 0")}  # fmt: skip
-    counts = {"steps": (steps, steps >= 1, "at least 1"), "batch_size": (size, size >= 1, "at least 1")}
+    counts = {"steps": (steps, steps >= 1, "at least 1"), "batch_size": (size, size >= 1, "at least 1"),
+              "batches_per_step": (several, several >= 1, "at least 1")}  # fmt: skip
     for name, (value, fits, words_of_range) in {**numbers, **counts}.items():
         if not fits:
             raise ParameterError(f"'{name}' should be {words_of_range}; found {value!r}.")
@@ -345,14 +348,14 @@ class _Learner:
         self.backbone, self.modules, self.teachers = backbone, modules, teachers
         self.streams, self.objective, self.classes, self.where = streams, objective, classes, where
 
-    def learn(self, initial: float, steps: int, rate: float) -> tuple[Tensor, list[dict[str, Any]]]:
+    def learn(self, initial: float, steps: int, rate: float, several: int) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the coefficients, rounded, and the losses; the models have the merge by these coefficients."""
         raw = torch.full(self.backbone.gradient.shape, initial, dtype=torch.float32)
         optimizer = torch.optim.Adam([raw], rate, betas=(0.9, 0.999))
         log: list[dict[str, Any]] = []
         for step in tqdm(range(steps), desc="Learning coefficients", name="hf_merge.search"):
             self.backbone.write(raw.clamp(0, 1))
-            losses = {task: self.loss(task) for task in self.modules}
+            losses = {task: math.fsum(self.loss(task) for _ in range(several)) for task in self.modules}
             log.append({"step": step, "loss": math.fsum(losses.values()), "tasks": losses})
             raw.grad = (self.backbone.take_gradient() * ((raw >= 0) & (raw <= 1))).to(raw.dtype)
             optimizer.step()
