@@ -49,30 +49,36 @@ class Piece:
         return torch.add(self.base, weighted_sum(deltas, weight), alpha=1.0).to(self.dtype)
 
 
-def place(module: nn.Module, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, Cut]]:
+def place(
+    module: nn.Module,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    own_names: Mapping[str, str] | None = None,
+) -> dict[str, tuple[str, Cut]]:
     """Find where tensors of a checkpoint lie in a model: its parameter or buffer, and which part of that.
 
     Args:
         module: the model.
         names: of the checkpoint's tensors; those that the model has no place for are left out.
         shapes: of the checkpoint's tensors.
+        own_names: what the model's own checkpoint calls them, where that is something else.
     """
-    own = {name: tensor for name, tensor in _named(module)}
-    found: dict[str, tuple[str, Cut]] = {}
-    config = _config_of(module)
+    own, config = dict(_named(module)), _config_of(module)
     parts = _compat.parts_on_disk(config) if config else {}
     built = _compat.empty_model(config) if config else None
-    live = {} if built is None else _compat.Conversion(built).live(names)
-    for name in names:
-        if name in parts and parts[name][0] in own:
-            inside, view = parts[name]
-            found[name] = inside, (tuple(view.shape), tuple(view.stride()), int(view.storage_offset()))
-        elif (inside := live.get(name, name)) in own and tuple(own[inside].shape) == shapes[name]:
-            found[name] = inside, None
-    return {
-        name: (inside, cut) for name, (inside, cut) in found.items()
-        if (tuple(own[inside].shape) if cut is None else cut[0]) == shapes[name]
-    }  # fmt: skip
+    called = {name: (name, (own_names or {}).get(name, name)) for name in names}
+    live = {} if built is None else _compat.Conversion(built).live({one for both in called.values() for one in both})
+    found: dict[str, tuple[str, Cut]] = {}
+    for name, either in called.items():
+        for one in either:
+            inside, cut = live.get(one, one), None
+            if one in parts and parts[one][0] in own:
+                inside, view = parts[one]
+                cut = tuple(view.shape), tuple(view.stride()), int(view.storage_offset())
+            if inside in own and (tuple(own[inside].shape) if cut is None else cut[0]) == shapes[name]:
+                found[name] = inside, cut
+                break
+    return found
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -92,13 +98,19 @@ class Backbone:
 
     Args:
         pieces: the tensors that are merged.
-        modules: the models; the pieces' parameters are made one for all of them.
+        modules: the models, each with the names that its own checkpoint has for the pieces where these are others; the
+            pieces' parameters are made one for all of them.
         shapes: of the pieces.
         level: `layer` for a coefficient of each tensor, or `task`.
     """
 
-    def __init__(self, pieces: Sequence[Piece], modules: Sequence[nn.Module], shapes: Mapping[str, tuple[int, ...]],
-                 level: str):  # fmt: skip
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        modules: Sequence[tuple[nn.Module, Mapping[str, str]]],
+        shapes: Mapping[str, tuple[int, ...]],
+        level: str,
+    ):
         self.pieces, self.level, self.tasks = list(pieces), level, len(pieces[0].deltas)
         self._held: dict[int, list[tuple[int, Cut]]] = {}
         self._hooks: list[Any] = []
@@ -106,15 +118,17 @@ class Backbone:
         self.gradient = torch.zeros(rows, self.tasks, dtype=torch.float64)
         self._share(modules, shapes)
 
-    def _share(self, modules: Sequence[nn.Module], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _share(
+        self, modules: Sequence[tuple[nn.Module, Mapping[str, str]]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         """Let all models have the same parameter where they have the same tensor of the checkpoint."""
         names = [piece.name for piece in self.pieces]
         shared: dict[tuple[tuple[tuple[str, Cut], ...], tuple[int, ...]], Tensor] = {}
-        for module in modules:
+        for module, own_names in modules:
             module.requires_grad_(False)
             own = dict(_named(module))
             inside: dict[str, list[tuple[str, Cut]]] = {}
-            for name, (live, cut) in place(module, names, shapes).items():
+            for name, (live, cut) in place(module, names, shapes, own_names).items():
                 inside.setdefault(live, []).append((name, cut))
             for live, held in inside.items():
                 key = tuple(sorted(held, key=lambda one: one[0])), tuple(own[live].shape)

@@ -13,7 +13,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,8 +144,8 @@ def adamerging(
     draft = _draft(tasks, base, filtered=filtered, density=density, seed=seed, **changes)
     ready = _prepare(draft, tasks, hub, heads, judge=objective == "entropy", dtype=dtype, where=where)
     teachers = {} if objective == "entropy" else {task: copy.deepcopy(m) for task, m in ready.modules.items()}
-    backbone = Backbone(ready.pieces, [*ready.modules.values()], {p.name: ready.shapes[p.name] for p in ready.pieces},
-                        level)  # fmt: skip
+    running = [(ready.modules[task], ready.own_names[task]) for task in tasks]
+    backbone = Backbone(ready.pieces, running, ready.shapes, level)
     _refuse_unplaced(backbone)
     streams = {task: endless(ready.modules[task], given[task], batch_size, seed + i, name=f"The data of '{task}'")
                for i, task in enumerate(tasks)}  # fmt: skip
@@ -238,6 +238,7 @@ class _Ready:
         shapes: of them.
         copies: names that are stored twice, with the other.
         modules: of every task.
+        own_names: of every task, what its checkpoint calls the tensors, where that is something else.
         heads: names.
     """
 
@@ -246,6 +247,7 @@ class _Ready:
     shapes: dict[str, tuple[int, ...]]
     copies: Mapping[str, str]
     modules: dict[str, Any]
+    own_names: dict[str, dict[str, str]]
     heads: list[str]
 
 
@@ -267,7 +269,14 @@ def _prepare(draft: Recipe, tasks: Mapping[str, Any], hub: Mapping[str, Any], he
     if still := [task for task, has in moved.items() if not has]:
         raise ParameterError(f"The model of '{still[0]}' has no task vector: its weights are those of the base.")
     shapes = {name: tuple(spec.shape) for name, spec in plan.specs.items()}
-    return _Ready(recipe, pieces, shapes, sources[plan.donor].shared, modules, found)
+    own = {task: _own_names(by_model[ref], shapes) for task, ref in zip(tasks, draft.merged, strict=True)}
+    return _Ready(recipe, pieces, shapes, sources[plan.donor].shared, modules, own, found)
+
+
+def _own_names(source: Source, names: Iterable[str]) -> dict[str, str]:
+    """Return what a model's own checkpoint calls tensors that are one there too, and called otherwise."""
+    origins = {name: [inside for _, inside in source.origins(name)] for name in names if name in source.specs}
+    return {name: found[0] for name, found in origins.items() if len(found) == 1 and found[0] != name}
 
 
 def _module(ref: Ref, hub: Mapping[str, Any], where: torch.device) -> Any:
@@ -333,8 +342,14 @@ def _refuse_nonfinite(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _refuse_unplaced(backbone: Backbone) -> None:
+    """Tell of tensors that are merged and are in none of the models that run."""
     if not any(tensor.requires_grad for piece in backbone.pieces for tensor, _ in piece.homes):
         raise MergeError("None of the merged tensors is a weight of the models that run: are they of the base's class?")
+    if unplaced := [piece.name for piece in backbone.pieces if not piece.homes]:
+        logger.warning(
+            "%d of %d merged tensors are in none of the models that run, so that nothing is learnt of them, such as "
+            "'%s'.", len(unplaced), len(backbone.pieces), unplaced[0],
+        )  # fmt: skip
 
 
 class _Learner:
