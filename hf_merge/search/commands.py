@@ -109,7 +109,9 @@ def _models_and_output(words: list[str]) -> tuple[Any, str]:
     """Tell the file that is written, the last, from the models or the recipe."""
     *models, output = words
     if not models or not output.endswith((".yaml", ".yml")):
-        raise click.UsageError(f"Give models, or a recipe that names them, and then OUTPUT.yaml; the last is '{output}'.")
+        raise click.UsageError(
+            f"Give models, or a recipe that names them, and then OUTPUT.yaml; the last is '{output}'."
+        )
     return (models[0] if len(models) == 1 and models[0].endswith((".yaml", ".yml", ".json")) else models), output
 
 

@@ -42,12 +42,12 @@ def batches(
     Raises:
         ParameterError: it cannot be read, or is empty, or a label is out of range.
     """
-    rows = _rows(data, name)
-    first = next(rows[1], None) if isinstance(rows, tuple) else rows[0] if len(rows) else None
+    rows, ready = _rows(data, name)
+    first = rows[0] if len(rows) else next(ready, None)
     if first is None:
         raise ParameterError(f"{name} is empty: nothing can be learnt from it.")
-    if isinstance(rows, tuple):
-        yield from (_as_batch(one, name) for one in chain([first], rows[1]))
+    if not len(rows):
+        yield from (_as_batch(one, name) for one in chain([first], ready))
         return
     prepare = _Preparation(model, dict(first), name, labels=labels)
     order = range(len(rows)) if seed is None else torch.randperm(len(rows), generator=_generator(seed)).tolist()
@@ -72,20 +72,16 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)
 
 
-def _rows(data: Any, name: str) -> Sequence[Mapping[str, Any]] | tuple[str, Iterator[Any]]:
-    """Return examples as mappings, or `("batches", them)`."""
+def _rows(data: Any, name: str) -> tuple[Sequence[Mapping[str, Any]], Iterator[Any]]:
+    """Return examples as mappings, or else batches."""
     if isinstance(data, (str, os.PathLike)):
-        return _of_path(Path(data).expanduser(), name)
+        return _of_path(Path(data).expanduser(), name), iter(())
     if hasattr(data, "column_names") and hasattr(data, "__getitem__"):  # a datasets.Dataset
-        return data
-    if isinstance(data, Sequence):
-        if not len(data):
-            return []
-        if _is_batch(data[0]):
-            return "batches", iter(data)
-        return [_as_row(one, name) for one in data]
+        return data, iter(())
+    if isinstance(data, Sequence) and not (len(data) and _is_batch(data[0])):
+        return [_as_row(one, name) for one in data], iter(())
     if isinstance(data, Iterable) and not isinstance(data, (Mapping, Tensor)):
-        return "batches", iter(data)
+        return [], iter(data)
     raise ParameterError(
         f"{name} is a {type(data).__name__}: give a file, a folder of images, a Dataset, rows or batches."
     )

@@ -34,9 +34,8 @@ def find_heads(
     Raises:
         ParameterError: patterns that match nothing, or heads that cannot be told apart.
     """
-    shapes = {name: {source.specs[name].shape for _, source in experts.values() if name in source.specs}
-              | {base.specs[name].shape for _ in [0]} for name in names}  # fmt: skip
-    several = [name for name in names if len(shapes[name]) > 1]
+    sources = [base, *(source for _, source in experts.values())]
+    several = [name for name in names if len({one.specs[name].shape for one in sources if name in one.specs}) > 1]
     if wanted is not None:
         return [*dict.fromkeys([*several, *_matched(names, wanted)])]
     if several or not judge:
@@ -74,6 +73,6 @@ def _on_top(names: Sequence[str], experts: Mapping[str, tuple[Any, Source]]) -> 
         return tops
     raise ParameterError(
         f"The models' heads cannot be told apart: {', '.join(differing[:3])} differ and have one shape, and so do not "
-        f"the labels in config.json. Say heads=['{differing[0]}'] if each is of a task of its own, or heads=[] to merge "
-        "them."
+        f"the labels in config.json. Say heads=['{differing[0]}'] if each is of a task of its own, or heads=[] "
+        "(--merge-heads) to merge them."
     )

@@ -64,7 +64,9 @@ class Learnt:
         path = Path(output).expanduser()
         text = self.recipe.to_yaml()
         if "<" in text and any(isinstance(model, InMemory) for model in self.recipe.references):
-            raise OutputError("The recipe names models in memory, which no file can: save them, and name their folders.")
+            raise OutputError(
+                "The recipe names models in memory, which no file can: save them, and name their folders."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         lines = "".join(json.dumps(line) + "\n" for line in self.log)
@@ -168,8 +170,8 @@ def _check(level: str, objective: str, initial: float, steps: int, rate: float, 
             raise ParameterError(
                 f"'{name}' should be {' or '.join(known)}; found {value!r}.{did_you_mean(str(value), known)}"
             )
-    numbers = {"initial": (initial, 0 <= initial <= 1, "in [0, 1]"), "density": (density, 0 < density <= 1, "in (0, 1]"),
-               "learning_rate": (rate, 0 < rate < math.inf, "above 0")}  # fmt: skip
+    numbers = {"initial": (initial, 0 <= initial <= 1, "in [0, 1]"), "learning_rate": (rate, 0 < rate < math.inf,
+               "above 0"), "density": (density, 0 < density <= 1, "in (0, 1]")}  # fmt: skip
     counts = {"steps": (steps, steps >= 1, "at least 1"), "batch_size": (size, size >= 1, "at least 1"),
               "batches_per_step": (several, several >= 1, "at least 1")}  # fmt: skip
     for name, (value, fits, words_of_range) in {**numbers, **counts}.items():
@@ -310,7 +312,11 @@ def _exactly(name: str, names: Sequence[str]) -> str:
     """Write a pattern that matches one name and no other."""
     special = any(letter in name for letter in "*?[")
     alone = not special and not any(name in other for other in names if other != name)
-    return name if alone else "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name[:-1]) + f"[{name[-1]}]"
+    return (
+        name
+        if alone
+        else "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name[:-1]) + f"[{name[-1]}]"
+    )
 
 
 def _pieces(plan: Plan, sources: Sequence[Source], count: int, dtype: torch.dtype, where: torch.device) -> list[Piece]:
@@ -409,7 +415,7 @@ def _named(final: Tensor, backbone: Backbone, tasks: Mapping[str, Any], copies: 
 
 def _with_weights(recipe: Recipe, weights: Sequence[float | Mapping[str, float]]) -> Recipe:
     """Put coefficients into a recipe: for tensors, as filters by their names."""
-    settings = [one if isinstance(one, float) else _filters(one) for one in weights]
+    settings = [_filters(one) if isinstance(one, Mapping) else one for one in weights]
     entries = [entry.model_copy(update={"parameters": {**entry.parameters, "weight": setting}})
                for entry, setting in zip(recipe.models, settings, strict=True)]  # fmt: skip
     return recipe.model_copy(update={"models": tuple(entries)})

@@ -14,11 +14,32 @@ OBJECTIVES = ("entropy", "kl-to-experts", "features")
 
 
 def run(model: nn.Module, batch: Mapping[str, Any], objective: str) -> Any:
-    """Run a model on a batch."""
-    if "" in batch:
-        return model(batch[""])
+    """Run a model on a batch.
+
+    Raises:
+        ComputeError: it cannot.
+    """
     words = {key: value for key, value in batch.items() if key not in ("labels", "label")}
-    return model(**words, output_hidden_states=True) if objective == "features" else model(**words)
+    try:
+        if "" in batch:
+            return model(batch[""])
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            words = _with_decoder(model, words)
+        return model(**words, output_hidden_states=True) if objective == "features" else model(**words)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        told = " ".join(str(error).split())[:300].rstrip(".")
+        raise ComputeError(f"the model does not run on a batch of {', '.join(words) or 'tensors'}: {told}") from error
+
+
+def _with_decoder(model: Any, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Let a decoder that was given nothing read what the encoder reads, one token later."""
+    ids = words.get("input_ids")
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if ids is None or start is None or "decoder_input_ids" in words:
+        return dict(words)
+    shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+    mask = {"decoder_attention_mask": words["attention_mask"]} if "attention_mask" in words else {}
+    return {**words, "decoder_input_ids": shifted, **mask}
 
 
 def loss(objective: str, said: Any, expert: Any, batch: Mapping[str, Any], classes: Sequence[int] | None) -> Tensor:
@@ -58,9 +79,8 @@ def _logits(said: Any, classes: Sequence[int] | None) -> Tensor:
 
 def _last_hidden(said: Any) -> Tensor:
     """Return the output of the last layer, (examples, tokens, width) or feature maps."""
-    towers = [said, getattr(said, "vision_model_output", None), getattr(said, "encoder", None)]
-    for one in towers:
-        if isinstance(states := getattr(one, "hidden_states", None), (tuple, list)) and states:
+    for words in ("hidden_states", "decoder_hidden_states"):
+        if isinstance(states := getattr(said, words, None), (tuple, list)) and states:
             return states[-1]
     if isinstance(last := getattr(said, "last_hidden_state", None), Tensor):
         return last
@@ -78,7 +98,7 @@ def _mean_square(found: Tensor, wanted: Tensor, batch: Mapping[str, Any]) -> Ten
 
 def _mean(each: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """Average over examples, or over those tokens that are no padding."""
-    mask = batch.get("attention_mask")
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
     if isinstance(mask, Tensor) and each.shape == mask.shape:
         weight = mask.to(each.dtype)
         return (each * weight).sum() / weight.sum().clamp_min(1)

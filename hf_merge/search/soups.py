@@ -38,7 +38,9 @@ class Soup:
     def save(self, output: str | os.PathLike[str]) -> Path:
         """Write the recipe to a YAML file, and the log beside it as `.jsonl`; return the path of the recipe."""
         if any(isinstance(model, InMemory) for model in self.recipe.references):
-            raise OutputError("The recipe names models in memory, which no file can: save them, and name their folders.")
+            raise OutputError(
+                "The recipe names models in memory, which no file can: save them, and name their folders."
+            )
         path = Path(output).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.recipe.to_yaml(), encoding="utf-8")
@@ -121,7 +123,9 @@ def _number(score: Any, chosen: Sequence[Ref]) -> float:
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):
-        raise ComputeError(f"The score of {' + '.join(map(str, chosen))} is {score!r}: evaluate should return a number.")
+        raise ComputeError(
+            f"The score of {' + '.join(map(str, chosen))} is {score!r}: evaluate should return a number."
+        )
     return found
 
 

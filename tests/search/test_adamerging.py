@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,14 @@ from transformers import (
     CLIPForImageClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -117,7 +126,7 @@ def test_gradient_is_that_of_autograd_through_the_merge(level):
 
     row = {name: i if level == "layer" else 0 for i, name in enumerate(shapes)}
     merged = {n: base[n] + sum(raw[row[n], k] * tau[n] for k, tau in enumerate(taus)) for n in shapes}
-    entropy(F.linear(x, **{"weight": merged["weight"], "bias": merged["bias"]})).backward()
+    entropy(F.linear(x, weight=merged["weight"], bias=merged["bias"])).backward()
 
     module = nn.Linear(5, 3)
     pieces = [Piece(n, base[n].flatten(), [tau[n].flatten() for tau in taus], torch.float32) for n in shapes]
@@ -306,7 +315,7 @@ def test_a_bert_through_the_command_line(berts, tmp_path):
             f"a={berts / 'a.jsonl'}", "--data", f"b={berts / 'b.csv'}", "--steps", "10", "--learning-rate", "0.02",
             "--batch-size", "12", "--device", "cpu"]  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "error", "-m", "hf_merge.cli", *map(str, call)], capture_output=True,
-                          text=True)  # fmt: skip
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
     assert len(log) == 10 and log[-1]["loss"] < log[0]["loss"] and set(log[0]["tasks"]) == {"a", "b"}
@@ -440,6 +449,46 @@ def test_models_without_classes_are_told_of_the_other_objectives(vits, tmp_path)
     with pytest.raises(ComputeError, match="has no logits: choose objective="):
         search.adamerging({"a": changed(ViTModel.from_pretrained(vits / "headless"), 1)}, vits / "headless",
                           {"a": [{"pixel_values": torch.zeros(2, 3, 16, 16)}]}, steps=1, device="cpu")  # fmt: skip
+
+
+def test_batches_that_the_model_does_not_take_are_told(vits):
+    wrong = {task: [{"pixel_values": torch.zeros(2, 3, 99, 16)}] for task in "ab"}
+    with pytest.raises(ComputeError, match="'a': the model does not run on a batch of pixel_values"):
+        ask(vits, data=wrong)
+
+
+BATCH = {"input_ids": torch.arange(24).view(3, 8), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+KINDS = {
+    "experts": (MixtralForCausalLM, MixtralConfig(**SMALL, num_local_experts=4), "kl-to-experts", BATCH),
+    "tied": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True), "kl-to-experts", BATCH),
+    "decoder": (T5ForConditionalGeneration, T5Config(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8,
+                vocab_size=64, decoder_start_token_id=0), "features", BATCH),
+    "buffers": (ResNetModel, ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]), "features",
+                {"pixel_values": torch.linspace(-1, 1, 6144).view(2, 3, 32, 32)}),
+}  # fmt: skip
+"""Models whose tensors lie otherwise in memory than in the file, or are no weights, or have a decoder."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_found_wherever_they_lie_in_the_model(kind, tmp_path):
+    model_class, config, objective, batch = KINDS[kind]
+    torch.manual_seed(0)
+    base = model_class(config)
+    base.save_pretrained(tmp_path / "base")
+    for i, task in enumerate("ab"):
+        model = model_class(config)
+        model.load_state_dict(base.state_dict())
+        changed(model, i + 1).save_pretrained(tmp_path / task)
+    learnt = search.adamerging([tmp_path / "a", tmp_path / "b"], tmp_path / "base", {"a": [batch], "b": [batch]},
+                               objective=objective, steps=6, learning_rate=0.02, device="cpu")  # fmt: skip
+    assert learnt.log[-1]["loss"] < learnt.log[0]["loss"]
+    merged = hf_merge.from_pretrained(learnt.recipe).state_dict()
+    live = learnt.models["b"].state_dict()
+    assert all(torch.equal(tensor, live[name]) for name, tensor in merged.items())
+    unlearnt = {name for name, value in learnt.coefficients["a"].items() if value == 0.3}
+    assert all("running" in name for name in unlearnt) and bool(unlearnt) == (kind == "buffers")
 
 
 def test_an_iterator_that_ends_is_told(vits):

@@ -24,8 +24,9 @@ def runs(tmp_path_factory):
     """Three classifiers of one task with a vocabulary, and texts that are labelled as the first two would."""
     root = tmp_path_factory.mktemp("runs")
     (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bad", "good"]))
-    config = BertConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                        max_position_embeddings=16, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})  # fmt: skip
+    sizes = {"vocab_size": 7, "hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 16}
+    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    config = BertConfig(**sizes, **labels, num_hidden_layers=1, num_attention_heads=1)
     for i, name in enumerate("abc"):
         torch.manual_seed(0)
         model = BertForSequenceClassification(config)
