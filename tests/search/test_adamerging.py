@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,6 +364,22 @@ def test_models_in_bfloat16_and_task_vectors_in_bfloat16(llamas, texts, tmp_path
     assert same_as_merged(exact, tmp_path, "a") == 30
     short = search.adamerging(models, tmp_path / "base", data, dtype="bfloat16", **words)
     assert short.log[-1]["loss"] == pytest.approx(exact.log[-1]["loss"], rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_adapters_on_their_base_are_models_too(llamas, texts, tmp_path):
+    for i, task in enumerate("ab"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        torch.manual_seed(i)
+        adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llamas["base"]), config)
+        adapted.save_pretrained(tmp_path / task)
+    models = {task: f"{llamas['base']}+{tmp_path / task}" for task in "ab"}
+    learnt = search.adamerging(
+        models, llamas["base"], {task: texts / f"{task}.json" for task in "ab"},
+        objective="kl-to-experts", steps=6, learning_rate=0.02, batch_size=8, device="cpu",
+    )  # fmt: skip
+    assert learnt.log[-1]["loss"] < learnt.log[0]["loss"]
+    assert same_as_merged(learnt, tmp_path, "a") == 30
 
 
 def test_recipes_name_tensors_whose_names_hold_one_another():
