@@ -299,6 +299,19 @@ def test_twice_is_the_same(vits):
     assert one.log != other.log
 
 
+def test_a_recipe_may_name_the_models(vits, tmp_path):
+    written = {"merge_method": "ties", "base_model": str(vits / "base"), "models": [str(vits / "a"), str(vits / "b")]}
+    (tmp_path / "recipe.json").write_text(json.dumps(written))
+    data = {str(vits / "a"): vits / "images_a", "b": vits / "images_b"}  # by the model, or the last part of its path
+    words = {"steps": 2, "batch_size": 4, "level": "task", "device": "cpu"}
+    learnt = hf_merge.search.adamerging(
+        tmp_path / "recipe.json", data=data, output=tmp_path / "new" / "found.yaml", **words
+    )
+    again = search.adamerging([vits / "a", vits / "b"], vits / "base", {t: vits / f"images_{t}" for t in "ab"}, **words)
+    assert learnt.coefficients == again.coefficients and learnt.recipe.merge_method == "task_arithmetic"
+    assert hf_merge.Recipe.load(tmp_path / "new" / "found.yaml") == again.recipe
+
+
 def test_a_clip_tower_under_heads(clips, tmp_path):
     learnt = search.adamerging(
         {"a": clips / "a", "b": clips / "b"}, clips / "base", {task: clips / f"images_{task}" for task in "ab"},
