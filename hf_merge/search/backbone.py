@@ -98,45 +98,37 @@ class Backbone:
 
     Args:
         pieces: the tensors that are merged.
-        modules: the models, each with the names that its own checkpoint has for the pieces where these are others; the
-            pieces' parameters are made one for all of them.
         shapes: of the pieces.
         level: `layer` for a coefficient of each tensor, or `task`.
     """
 
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        modules: Sequence[tuple[nn.Module, Mapping[str, str]]],
-        shapes: Mapping[str, tuple[int, ...]],
-        level: str,
-    ):
+    def __init__(self, pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], level: str):
         self.pieces, self.level, self.tasks = list(pieces), level, len(pieces[0].deltas)
+        self._shapes = shapes
+        self._shared: dict[Any, Tensor] = {}
         self._held: dict[int, list[tuple[int, Cut]]] = {}
         self._hooks: list[Any] = []
         rows = len(self.pieces) if level == "layer" else 1
         self.gradient = torch.zeros(rows, self.tasks, dtype=torch.float64)
-        self._share(modules, shapes)
 
-    def _share(
-        self, modules: Sequence[tuple[nn.Module, Mapping[str, str]]], shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        """Let all models have the same parameter where they have the same tensor of the checkpoint."""
-        names = [piece.name for piece in self.pieces]
-        shared: dict[tuple[tuple[tuple[str, Cut], ...], tuple[int, ...]], Tensor] = {}
-        for module, own_names in modules:
-            module.requires_grad_(False)
-            own = dict(_named(module))
-            inside: dict[str, list[tuple[str, Cut]]] = {}
-            for name, (live, cut) in place(module, names, shapes, own_names).items():
-                inside.setdefault(live, []).append((name, cut))
-            for live, held in inside.items():
-                key = tuple(sorted(held, key=lambda one: one[0])), tuple(own[live].shape)
-                if key not in shared:
-                    shared[key] = own[live]
-                    self._adopt(own[live], held)
-                else:
-                    _replace(module, own[live], shared[key])
+    def add(self, module: nn.Module, own_names: Mapping[str, str]) -> None:
+        """Let a model have the weights that those before it have, where they have the same tensors of the checkpoint.
+
+        Args:
+            module: the model; what it had there is let go.
+            own_names: what its own checkpoint calls the pieces, where that is something else.
+        """
+        module.requires_grad_(False)
+        own, inside = dict(_named(module)), dict[str, list[tuple[str, Cut]]]()
+        for name, (live, cut) in place(module, [p.name for p in self.pieces], self._shapes, own_names).items():
+            inside.setdefault(live, []).append((name, cut))
+        for live, held in inside.items():
+            key = tuple(sorted(held, key=lambda one: one[0])), tuple(own[live].shape)
+            if key in self._shared:
+                _replace(module, own[live], self._shared[key])
+            else:
+                self._shared[key] = own[live]
+                self._adopt(own[live], held)
 
     def _adopt(self, tensor: Tensor, held: Sequence[tuple[str, Cut]]) -> None:
         index = {piece.name: i for i, piece in enumerate(self.pieces)}

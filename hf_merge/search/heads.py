@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,32 +16,30 @@ from hf_merge.sources import Source
 
 def find_heads(
     names: Sequence[str],
-    experts: Mapping[str, tuple[Any, Source]],
+    experts: Sequence[Source],
     base: Source,
     wanted: Sequence[str] | None,
     *,
-    judge: bool,
+    module: Any = None,
 ) -> list[str]:
     """Name the tensors of the base that are heads.
 
     Args:
         names: of the tensors of floats that a merge has.
-        experts: for each task its model, and its weights under the base's names.
+        experts: each task's weights, under the base's names.
         base: the base's weights.
         wanted: patterns, or parts of names; if None, tensors of several shapes are heads, and then those that
             transformers' class has on top of its backbone, if the models' labels say that they are of several tasks.
-        judge: whether the second of these is asked: the objective needs heads that go with their task.
+        module: the first task's model; None if the second of these is not asked, as the objective needs no heads.
 
     Raises:
         ParameterError: patterns that match nothing, or heads that cannot be told apart.
     """
-    sources = [base, *(source for _, source in experts.values())]
+    sources = [base, *experts]
     several = [name for name in names if len({one.specs[name].shape for one in sources if name in one.specs}) > 1]
     if wanted is not None:
         return [*dict.fromkeys([*several, *_matched(names, wanted)])]
-    if several or not judge:
-        return several
-    return _on_top(names, experts)
+    return several if several or module is None else _on_top(names, experts, module)
 
 
 def _matched(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
@@ -55,20 +54,18 @@ def _matched(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return found
 
 
-def _on_top(names: Sequence[str], experts: Mapping[str, tuple[Any, Source]]) -> list[str]:
+def _on_top(names: Sequence[str], sources: Sequence[Source], module: Any) -> list[str]:
     """Name heads of one shape: those on top of the backbone that differ, if the labels say that the tasks do."""
-    module = next(iter(experts.values()))[0]
     prefix = getattr(module, "base_model_prefix", "")
     if not prefix or getattr(module, prefix, None) in (None, module):
         return []
-    sources = [source for _, source in experts.values()]
     placed = place(module, names, {name: sources[0].specs[name].shape for name in names if name in sources[0].specs})
     tops = [name for name, (live, _) in placed.items() if not live.startswith(f"{prefix}.")]
     differing = [name for name in tops
                  if any(not torch.equal(sources[0][name], other[name]) for other in sources[1:])]  # fmt: skip
     if not differing:
         return tops  # one head for all, as the texts of CLIP are: it is kept as it is
-    labels = [tuple(sorted((getattr(model.config, "id2label", None) or {}).items())) for model, _ in experts.values()]
+    labels = [json.dumps(source.config.get("id2label"), sort_keys=True) for source in sources]
     if len(set(labels)) == len(labels):
         return tops
     raise ParameterError(

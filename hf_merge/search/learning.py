@@ -13,8 +13,9 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,18 +145,23 @@ def adamerging(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     draft = _draft(tasks, base, filtered=filtered, density=density, seed=seed, **changes)
-    ready = _prepare(draft, tasks, hub, heads, judge=objective == "entropy", dtype=dtype, where=where)
-    teachers = {} if objective == "entropy" else {task: copy.deepcopy(m) for task, m in ready.modules.items()}
-    running = [(ready.modules[task], ready.own_names[task]) for task in tasks]
-    backbone = Backbone(ready.pieces, running, ready.shapes, level)
+    loaders = {task: partial(_module, ref, hub, where) for task, ref in zip(tasks, draft.merged, strict=True)}
+    ready = _prepare(draft, loaders, hub, heads, judge=objective == "entropy", dtype=dtype, where=where)
+    backbone = Backbone(ready.pieces, ready.shapes, level)
+    modules, teachers = {}, {}
+    for task, load in loaders.items():  # one after the other, so that there are never two backbones more
+        modules[task] = load()
+        if objective != "entropy":
+            teachers[task] = copy.deepcopy(modules[task])
+        backbone.add(modules[task], ready.own_names[task])
     _refuse_unplaced(backbone)
-    streams = {task: endless(ready.modules[task], given[task], batch_size, seed + i, name=f"The data of '{task}'")
+    streams = {task: endless(modules[task], given[task], batch_size, seed + i, name=f"The data of '{task}'")
                for i, task in enumerate(tasks)}  # fmt: skip
-    learner = _Learner(backbone, ready.modules, teachers, streams, objective, classes or {}, where)
+    learner = _Learner(backbone, modules, teachers, streams, objective, classes or {}, where)
     coefficients, log = learner.learn(initial, steps, learning_rate, batches_per_step)
     named = _named(coefficients, backbone, tasks, ready.copies)
     recipe = _with_weights(ready.recipe, [*named.values()])
-    learnt = Learnt(recipe, named, log, tuple(ready.heads), ready.modules)
+    learnt = Learnt(recipe, named, log, tuple(ready.heads), modules)
     if output is not None:
         learnt.save(output)
     return learnt
@@ -239,7 +245,6 @@ class _Ready:
         pieces: the tensors that are merged.
         shapes: of them.
         copies: names that are stored twice, with the other.
-        modules: of every task.
         own_names: of every task, what its checkpoint calls the tensors, where that is something else.
         heads: names.
     """
@@ -248,22 +253,30 @@ class _Ready:
     pieces: list[Piece]
     shapes: dict[str, tuple[int, ...]]
     copies: Mapping[str, str]
-    modules: dict[str, Any]
     own_names: dict[str, dict[str, str]]
     heads: list[str]
 
 
-def _prepare(draft: Recipe, tasks: Mapping[str, Any], hub: Mapping[str, Any], heads: Sequence[str] | None, *,
-             judge: bool, dtype: str, where: torch.device) -> _Ready:  # fmt: skip
-    """Load the models, and take the task vectors from them."""
-    modules = {task: _module(ref, hub, where) for task, ref in zip(tasks, draft.merged, strict=True)}
+def _prepare(
+    draft: Recipe,
+    loaders: Mapping[str, Callable[[], Any]],
+    hub: Mapping[str, Any],
+    heads: Sequence[str] | None,
+    *,
+    judge: bool,
+    dtype: str,
+    where: torch.device,
+) -> _Ready:
+    """Tell heads from the rest, and take the task vectors from the models."""
+    tasks = list(loaders)
     plan, sources = open_recipe(draft, hub)
     by_model = dict(zip(plan.models, sources, strict=True))
     base = by_model[plan.models[plan.donor]]
     names = [step.name for step in plan.steps if step.spec.dtype.is_floating_point]
-    experts = {task: (modules[task], by_model[ref]) for task, ref in zip(tasks, draft.merged, strict=True)}
-    found = find_heads(names, experts, base, heads, judge=judge)
-    recipe = _keeping(draft, found, [*plan.specs], [source for _, source in experts.values()])
+    experts = [by_model[ref] for ref in draft.merged]
+    first = loaders[tasks[0]] if judge and heads is None else lambda: None
+    found = find_heads(names, experts, base, heads, module=first())
+    recipe = _keeping(draft, found, [*plan.specs], experts)
     plan, sources = open_recipe(recipe, hub)
     plan.check()
     pieces = _pieces(plan, sources, len(tasks), getattr(torch, dtype), where)
@@ -272,7 +285,7 @@ def _prepare(draft: Recipe, tasks: Mapping[str, Any], hub: Mapping[str, Any], he
         raise ParameterError(f"The model of '{still[0]}' has no task vector: its weights are those of the base.")
     shapes = {name: tuple(spec.shape) for name, spec in plan.specs.items()}
     own = {task: _own_names(by_model[ref], shapes) for task, ref in zip(tasks, draft.merged, strict=True)}
-    return _Ready(recipe, pieces, shapes, sources[plan.donor].shared, modules, own, found)
+    return _Ready(recipe, pieces, shapes, sources[plan.donor].shared, own, found)
 
 
 def _own_names(source: Source, names: Iterable[str]) -> dict[str, str]:

@@ -131,7 +131,8 @@ def test_gradient_is_that_of_autograd_through_the_merge(level):
 
     module = nn.Linear(5, 3)
     pieces = [Piece(n, base[n].flatten(), [tau[n].flatten() for tau in taus], torch.float32) for n in shapes]
-    backbone = Backbone(pieces, [(module, {})], shapes, level)
+    backbone = Backbone(pieces, shapes, level)
+    backbone.add(module, {})
     backbone.write(raw.detach())
     entropy(module(x)).backward()
     assert float((backbone.take_gradient() - raw.grad).abs().max()) < 1e-6
