@@ -88,6 +88,8 @@ register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "search":
+        return importlib.import_module("hf_merge.search")
     for module, names in _HOME.items():
         if name in names:
             value = getattr(importlib.import_module(f"hf_merge.{module}"), name)

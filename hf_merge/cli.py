@@ -16,6 +16,7 @@ from huggingface_hub.utils import logging
 import hf_merge
 from hf_merge import _compat, launching
 from hf_merge.errors import MergeError, RecipeError
+from hf_merge.search.commands import app as search
 
 Argument, Option, out = _compat.cli_words()
 
@@ -435,6 +436,9 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
     result = run_demo(output)
     out.text(result.table())
     out.result("Merged model with its card", path=str(result.best), seconds=round(result.seconds))
+
+
+app.add_command(search, "search")
 
 
 def _sources_and_output(words: list[str], *, only_sources: bool) -> tuple[list[str], str | None]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from hf_merge.method import MergeMethod, get_method, list_methods
 
 _PART = re.compile(r"(<!-- derived: (\S+) -->\n).*?(<!-- /derived -->)", re.DOTALL)
-COMMANDS = ("", "merge", "plan", "extract", "measure", "push", "methods", "demo", "deploy", "register")
+COMMANDS = ("", "merge", "plan", "extract", "measure", "push", "methods", "demo", "search", "search adamerging",
+            "search soup", "deploy", "register")  # fmt: skip
 
 
 def main() -> None:

@@ -65,6 +65,12 @@ def disjoint_mean(tensors: Sequence[Tensor], share: Sequence[float]) -> Tensor:
     return total.div_(divisor.clamp_(min=1e-6))
 
 
+def agreeing(tensors: Sequence[Tensor], *, undecided: float = 1.0) -> list[Tensor]:
+    """Elect a sign for each entry by the plain sum, and zero in each tensor the entries that do not have it."""
+    elected = _elected_sign(tensors, undecided)
+    return [tensor.mul(elected).clamp_(min=0).mul_(elected) for tensor in tensors]
+
+
 def disjoint_max(tensors: Sequence[Tensor], weight: Sequence[float], *, undecided: float = 1.0) -> Tensor:
     """Elect a sign for each entry as `disjoint_sum` does, then keep the largest of the entries that have it."""
     weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]

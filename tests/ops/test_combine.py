@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_merge.ops.combine import disjoint_sum, linear_sum, weighted_sum
+from hf_merge.ops.combine import agreeing, disjoint_sum, linear_sum, weighted_sum
 
 some = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -155,3 +155,9 @@ def test_the_dtype_stays(dtype):
     for normalize in (True, False):
         assert linear_sum(inputs, [0.5, 0.25], normalize=normalize).dtype == dtype
         assert disjoint_sum(inputs, [0.5, 0.25], normalize=normalize).dtype == dtype
+
+
+def test_what_agrees_with_the_plain_sum_is_kept_by_hand():
+    one, two = tensor(4, -1, 2, 0), tensor(-5, 3, -2, 1)
+    assert [t.tolist() for t in agreeing([one, two])] == [[0, 0, 2, 0], [-5, 3, 0, 1]]
+    assert [t.tolist() for t in agreeing([one, two], undecided=-1.0)] == [[0, 0, 0, 0], [-5, 3, -2, 1]]
