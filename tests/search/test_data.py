@@ -77,7 +77,7 @@ def test_batches_pass_as_they_are(folder):
         (iter(["x"]), "yields a str"),
         ([{"x": 1}], "call one of them 'text'"),
     ],
-    ids=str,
+    ids=["no list", "no iterator", "a number", "no file", "another file", "numbers", "words", "no text"],
 )
 def test_what_is_no_data_is_refused(folder, data, told):
     with pytest.raises(ParameterError, match=told):
