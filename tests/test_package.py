@@ -79,6 +79,9 @@ def test_example_recipe_runs(example, llamas, tmp_path):
     text = (ROOT / "examples" / example).read_text()
     for name, folder in {"base": "base", "fine-tune-a": "a", "fine-tune-b": "b"}.items():
         text = re.sub(rf"\borg/{name}\b", str(llamas[folder]), text)
+    for name in sorted(set(re.findall(r"org/(lora-[ab])", text))):
+        adapter = hf_merge.extract_adapter(llamas[name[-1]], llamas["base"], tmp_path / name, rank=2)
+        text = text.replace(f"org/{name}", str(adapter.path))
     recipe = tmp_path / example
     recipe.write_text(text)
     assert hf_merge.merge(recipe, tmp_path / "m").load() is not None
