@@ -405,6 +405,18 @@ def test_prompts_are_refused_by_name(different, tmp_path):
         hf_merge.merge([different[1], prompt], tmp_path / "merged", method="linear")
 
 
+def test_for_vllm_all_ranks_are_one_of_its_own(bases, different, tmp_path):
+    hf_merge.merge(different, tmp_path / "merged", method="cat", vllm=True)
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (16, 16, {})
+    stored = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in stored.items() if "lora_A" in name} == {16}
+    saved = bases.adapter(tmp_path / "saved", modules_to_save=["lm_head"])
+    with pytest.raises(MergeError, match=r"vLLM loads no adapter with whole modules .*'lm_head'"):
+        hf_merge.merge([saved], tmp_path / "no", method="cat", vllm=True)
+    assert not (tmp_path / "no").exists()
+
+
 # files of diffusers and kohya
 
 

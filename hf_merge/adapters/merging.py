@@ -16,6 +16,7 @@ import torch
 
 from hf_merge.adapters.parts import PREFIX, Part, Slot
 from hf_merge.adapters.products import BiasSlot, CoreSlot, KeptSlot, ProductSlot, from_factors, from_matrix, from_units
+from hf_merge.adapters.settings import refuse_for_vllm
 from hf_merge.adapters.spelled import LORA_FILE
 from hf_merge.errors import RecipeError, SourceError
 from hf_merge.method import get_method
@@ -127,6 +128,7 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
     Raises:
         SourceError: they do not go together.
         RecipeError: the recipe asks for what cannot be done with adapters.
+        OutputError: vLLM would not load it.
     """
     _refuse_words(recipe)
     if asking := [name for name in _methods(recipe) if get_method(name).statistics]:
@@ -152,10 +154,13 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
         made, recipe=recipe.model_copy(update=again), models=tuple(sources), donor=[*sources].index(named),
         config=dict(unchanged.config), adapter=_words(recipe, space, loras),
     )  # fmt: skip
+    slots = dict(_slots(space, loras, recipe))
+    if recipe.vllm:
+        refuse_for_vllm(slot.part for slot in slots.values())
     return AdapterMerge(
         plan=made,
         sources=[*sources.values()],
-        slots=dict(_slots(space, loras, recipe)),
+        slots=slots,
         base_model=base,
         revision=_first(loras, "revision"),
         task_type=_first(loras, "task_type"),

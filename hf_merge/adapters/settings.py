@@ -63,7 +63,7 @@ def refuse_for_vllm(parts: Iterable[Part]) -> None:
     if found:
         raise OutputError(
             f"vLLM loads no adapter with {', '.join(found)}, such as '{next(iter(found.values()))}': "
-            "leave them out by targets and keep_rest: false, or write it without vllm."
+            "leave them out (of an adapter over a base by targets and keep_rest: false), or write it without vllm."
         )
 
 
