@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ def merge_adapter(
         raise OutputError(f"An adapter is written by one process, and {team.world} were started: start one.")
     if resume:
         raise OutputError("An adapter is small and is written at once: leave resume out, and it is made anew.")
-    target = goal.target.with_name(f".{goal.target.name}.adapter") if goal.is_away else goal.target
-    overwrite = overwrite or goal.is_away
+    target = _hidden(goal.target) if goal.is_away else goal.target
     refuse_existing(target, overwrite=overwrite)
     destination = goal.ask()
     made = prepared()
@@ -84,6 +84,11 @@ def merge_adapter(
     )  # fmt: skip
 
 
+def _hidden(target: Path) -> Path:
+    """Name a folder beside the target that nobody else has."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+
+
 def over_base(made: Plan, sources: list[Source]) -> AdapterMerge:
     """Make an adapter of a merge of models and their base.
 
@@ -107,9 +112,9 @@ def _write_adapter(
     """Execute a plan into the folder of an adapter, or into a LoRA file in the style of the first."""
     if not made.spelling:
         return _write_peft(made, target, name, overwrite=overwrite, card_template=card_template)
-    work = target.with_name(f".{target.name}.lora")
+    work = _hidden(target)
     try:
-        kept = _write_peft(made, work, name, overwrite=True, card_template=card_template)
+        kept = _write_peft(made, work, name, overwrite=False, card_template=card_template)
         file = spell(work, made.spelling, file_name(made.spelling, target))
         if target.suffix == WEIGHTS:
             file.replace(target)
@@ -133,7 +138,8 @@ def _write_peft(
     with writer:
         run(plan, made.sources, writer, Team())
         kept = writer.assemble()
-        made.sources[0].write_companions(writer.folder, lambda name: isinstance(made.sources[0], AdapterSource))
+        if isinstance(made.sources[0], AdapterSource):
+            made.sources[0].write_companions(writer.folder)
         (writer.folder / RECIPE_FILE).write_text(pinned_recipe(plan.recipe, by_model).to_yaml(), encoding="utf-8")
         _adapter_card(made, name, card_template, kept, writer.config).save(writer.folder / "README.md")
     _tell_what_is_left_out(kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,14 +99,6 @@ def _in_order(module: Any) -> list[str]:
         own = [*part._parameters, *part._buffers]
         names += [f"{prefix}.{name}" if prefix else name for name in own]
     return names
-
-
-def disk_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map the names of a model in memory to those of its checkpoint; tensors that are several there are left out."""
-    built = skeleton(config)
-    live = {} if built is None else built.live
-    several = Counter(live.values())
-    return {inside: name for name, inside in live.items() if several[inside] == 1}
 
 
 def live_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:

@@ -172,12 +172,7 @@ def test_space_full_equals_the_method_on_the_changes_themselves(words, bases, tm
     assert largest(found, expected) < 2e-6
 
 
-def of_any_space():
-    found = [get_method(name) for name in list_methods()]
-    return [m.name for m in found if (m.takes(2) or m.takes(1)) and not m.statistics]
-
-
-@pytest.mark.parametrize("method", of_any_space())
+@pytest.mark.parametrize("method", [name for name in list_methods() if not get_method(name).statistics])
 def test_every_method_merges_adapters(method, different, bases, tmp_path):
     """In core space; an interpolation has one of them as its base."""
     found = get_method(method)
@@ -383,7 +378,7 @@ def test_methods_on_factors_are_refused_for_models(bases, tmp_path):
 
 def test_methods_on_factors_and_on_matrices_are_not_mixed(different, tmp_path):
     rules = [{"pattern": "q_proj", "merge_method": "knots"}]
-    with pytest.raises(SourceError, match="'knots' merges factors and 'linear' matrices"):
+    with pytest.raises(hf_merge.RecipeError, match="'knots' merges factors and 'linear' matrices"):
         hf_merge.merge({"merge_method": "linear", "models": different, "rules": rules}, tmp_path / "merged")
 
 
@@ -403,6 +398,14 @@ def test_prompts_are_refused_by_name(different, tmp_path):
     prompt = edited(different[0], tmp_path / "prompt", lambda config, _: config.update(peft_type="PROMPT_TUNING"))
     with pytest.raises(SourceError, match="PROMPT_TUNING"):
         hf_merge.merge([different[1], prompt], tmp_path / "merged", method="linear")
+
+
+@pytest.mark.parametrize(
+    "words", [{"targets": ["q_proj"]}, {"keep_rest": False}, {"tokenizer_source": "union"}], ids=str
+)
+def test_what_means_nothing_for_adapters_alone_is_refused(words, different, tmp_path):
+    with pytest.raises(hf_merge.RecipeError, match=f"'{next(iter(words))}' says nothing about adapters"):
+        hf_merge.merge(different, tmp_path / "merged", method="linear", **words)
 
 
 def test_for_vllm_all_ranks_are_one_of_its_own(bases, different, tmp_path):

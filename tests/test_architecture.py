@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import BertConfig, GPT2Config, LlamaConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config, ViTConfig
 
-from hf_merge.architecture import disk_names, skeleton
+from hf_merge.architecture import skeleton
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
@@ -55,11 +55,3 @@ def test_tied_weights_are_said_once_and_the_vocabulary_is_found():
 )
 def test_what_transformers_cannot_build_is_none(config):
     assert skeleton(config) is None
-
-
-def test_names_on_disk_still_follow_from_a_config():
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    names = disk_names({**config.to_dict(), "architectures": ["ViTForImageClassification"]})
-    assert names["vit.layers.0.attention.q_proj.weight"] == "vit.encoder.layer.0.attention.attention.query.weight"
-    assert disk_names({"architectures": ["Nonsense"]}) == disk_names({}) == {}
-    assert disk_names({"architectures": ["LlamaForCausalLM"], "hidden_size": "x"}) == {}

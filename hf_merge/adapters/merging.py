@@ -182,7 +182,7 @@ _USELESS = ("slices", "remap", "tokenizer", "tokenizer_source", "chat_template",
 
 def _refuse_words(recipe: Recipe) -> None:
     """Refuse what a recipe may say of models, and what means nothing for adapters alone."""
-    if said := [name for name in _USELESS if getattr(recipe, name)]:
+    if said := [name for name in _USELESS if getattr(recipe, name) not in (None, (), {})]:
         raise RecipeError(
             f"'{said[0]}' says nothing about adapters that are merged with each other: leave it out, or write "
             "base+adapter for each model (with base_model= and output_format='adapter' for an adapter again)."
@@ -230,7 +230,7 @@ def _space(recipe: Recipe) -> type[Space]:
         return SPACES[recipe.space or "core"]
     if not all(on_factors.values()):
         some, other = (next(name for name, is_so in on_factors.items() if is_so is one) for one in (True, False))
-        raise SourceError(f"'{some}' merges factors and '{other}' matrices: use one kind of method in a recipe.")
+        raise RecipeError(f"'{some}' merges factors and '{other}' matrices: use one kind of method in a recipe.")
     return Units
 
 
