@@ -2,7 +2,7 @@
 
     @merge_method(paper="https://arxiv.org/abs/2306.01708", elementwise=True)
     def ties(deltas: Deltas, *, density: PerModel[Fraction] = each(1.0), ...) -> Merged:
-        '''One sentence in the imperative; the formula; Args; Notes.'''
+        '''One sentence in the imperative; the formula; Args; Notes; Good for; In words.'''
 
 Positional arguments are tensors, keyword-only arguments are parameters:
 
@@ -13,9 +13,18 @@ Positional arguments are tensors, keyword-only arguments are parameters:
                         with over="model" about the whole model, computed in a first pass
     name: Fisher | Gram   statistics of every model, measured beforehand (hf_merge.measure); keyed like the model
     *, parameter        annotation = type and range; `PerModel[..]` = one value for each model; `Seed` = randomness
+    -> Merged           the result; or `Experts`: a backbone, and for each model what makes its own weight of that
 
 What a signature cannot say, the decorator does: how many models (`models=`, `min_models=`), whether tiles will do
-(`elementwise=`, which may depend on parameters) and which values do not go together (`check=`).
+(`elementwise=` for any, `rowwise=` for whole rows; both may depend on parameters), which values do not go together
+(`check=`) and, of one with task experts, in which form these are kept (`experts=`).
+
+Two sections of the docstring are for people who choose a method and its numbers, and may be left out: `Good for:` is
+a plain sentence about when to take it, and `In words:` one about what it does with the numbers given. The latter is a
+`str.format` template over the parameters, `{model}`, `{models}`, `{base}` and `{count}`, read by
+`hf_merge.controls.in_words`: "Keeps the {density:.0%} largest changes of {model}." After the colon of a switch stand
+the words for on and off, `{normalize:divided by their sum|as they are}`, and after that of a choice those for each
+value, `{consensus:mean=averages|sum=adds up|max=takes the largest of}`.
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from string import Formatter
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -34,12 +44,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from hf_merge.aliases import told_alias
 from hf_merge.errors import ParameterError, UnknownMethodError, did_you_mean, shown
+from hf_merge.forms import Experts, Form
 from hf_merge.types import Each, Measured, Number, PerModelMark, Reduced, SeedMark, Stack
 
 BUILT_IN = "hf_merge.methods"
 ENTRY_POINTS = "hf_merge.methods"
 SUMMARY_LENGTH = 100
+
+_LAMBDA_IN_PYTHON = "lambda_"
 
 _registry: dict[str, MergeMethod] = {}
 
@@ -66,6 +80,11 @@ class Parameter:
     def _adapter(self) -> TypeAdapter[Any]:
         return TypeAdapter(self.annotation)
 
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """Type and range of one value as a JSON schema."""
+        return self._adapter.json_schema()
+
     def check(self, value: Any, method: str) -> Any:
         """Return `value` in the parameter's type, or say what is wrong with it."""
         try:
@@ -77,7 +96,7 @@ class Parameter:
     @property
     def words(self) -> str:
         """The type and range in words, for tables: `number in [0, 1]`, `l1 | density | none`."""
-        schema = self._adapter.json_schema()
+        schema = self.schema
         if "enum" in schema:
             return " | ".join(schema["enum"])
         if {"minimum", "maximum"} <= schema.keys():
@@ -112,16 +131,20 @@ class MergeMethod:
         seeded: name of the parameter that gets the seeds, if the method is random.
         elementwise: whether each output entry depends on the same entry of the inputs only, so that it
             may run on tiles; a function if that depends on parameters, see `tiled`.
+        rowwise: the same of whole rows, which it sees in their shape; see `by_rows`.
         ordered: whether the order of the models matters, as it does where a later one wins.
         wide: whether it computes in float64, whatever the dtype of the weights; it takes more memory then.
         check: complains about values that do not go together.
+        experts: of a method with task experts, the form in which each is kept; see `form`.
         ignored: names that MergeKit's recipes may give and that have no effect.
         paper: where it comes from.
         summary, formula, notes: from the docstring.
+        good_for: from the docstring, a sentence on when to choose it; empty if it does not say.
+        in_words: from the docstring, a template of a sentence about the parameters' values; empty if there is none.
     """
 
     name: str
-    fn: Callable[..., Tensor]
+    fn: Callable[..., Tensor | Experts]
     space: Literal["models", "deltas", "factors"]
     base: Literal["required", "optional", "ignored"]
     count: int | None
@@ -131,16 +154,20 @@ class MergeMethod:
     reductions: Mapping[str, Reduced]
     seeded: str | None
     elementwise: bool | Callable[..., bool]
+    rowwise: bool | Callable[..., bool]
     ordered: bool
     wide: bool
     check: Callable[..., None] | None
+    experts: Callable[..., Form] | None
     ignored: tuple[str, ...]
     paper: str
     summary: str
     formula: str
     notes: str
+    good_for: str = ""
+    in_words: str = ""
 
-    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None, **parameters: Any) -> Tensor:
+    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None, **parameters: Any) -> Any:
         """Merge whole tensors: weights or, for a method on task vectors, task vectors.
 
         Args:
@@ -152,7 +179,7 @@ class MergeMethod:
 
         Returns:
             A tensor of their shape and dtype; 16-bit floats are computed in float32. Numbers over a whole model are
-            those of these tensors alone.
+            those of these tensors alone. A method with task experts gives `forms.Experts`.
 
         Raises:
             ParameterError: a parameter, the number of models, their shapes or a missing base.
@@ -172,6 +199,8 @@ class MergeMethod:
         }
         stack = Stack(tensors[: len(models)], base=None if base is None else tensors[-1], measured=cast)
         merged = self.run(stack, self.reduce([_stand_in(stack)], settings), settings)
+        if isinstance(merged, Experts):
+            return merged.mapped(lambda tensor: tensor.reshape(shape))
         return merged.reshape(shape).to(dtype)
 
     def _check_call(self, models: Sequence[Tensor], base: Tensor | None) -> None:
@@ -208,6 +237,14 @@ class MergeMethod:
     def tiled(self, settings: Mapping[str, Any]) -> bool:
         """Whether it runs on tiles with these parameters; else it sees whole tensors in their shape."""
         return _by_name(self.elementwise, settings) if callable(self.elementwise) else self.elementwise
+
+    def by_rows(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it runs on some rows at a time with these parameters, in their shape."""
+        return _by_name(self.rowwise, settings) if callable(self.rowwise) else self.rowwise
+
+    def form(self, shape: Sequence[int], count: int, settings: Mapping[str, Any]) -> Form | None:
+        """Say in which form each of so many experts is kept of a tensor; None for a method without experts."""
+        return _by_name(self.experts, settings, tuple(shape), count) if self.experts else None
 
     def settings(self, count: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check parameters and complete them with defaults: a list of `count` values where they are per model."""
@@ -256,10 +293,8 @@ class MergeMethod:
         if name == self.seeded:
             raise ParameterError(f"'{name}' is no parameter of '{self.name}' but of the whole recipe: write it there.")
         known = ", ".join(self.parameters) or "none"
-        raise ParameterError(
-            f"'{self.name}' has no parameter '{name}' (it has: {known})."
-            f"{did_you_mean(name, [*self.parameters, self.seeded or ''])}"
-        )
+        hint = told_alias(name, self.parameters) or did_you_mean(name, [*self.parameters, self.seeded or ""])
+        raise ParameterError(f"'{self.name}' has no parameter '{name}' (it has: {known}).{hint}")
 
     def reduce(
         self, tiles: Iterable[Stack], settings: Mapping[str, Any], known: Mapping[str, Any] | None = None
@@ -280,7 +315,7 @@ class MergeMethod:
 
     def asked_over_model(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters that the reductions over the whole model depend on."""
-        asked = {one for name in self.over_model(settings) for one in _keywords(self.reductions[name].by)}
+        asked = {_spelled(one) for name in self.over_model(settings) for one in _keywords(self.reductions[name].by)}
         return {name: settings[name] for name in sorted(asked & settings.keys())}
 
     def before(self, tiles: Iterable[Stack], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,10 +325,12 @@ class MergeMethod:
             found[name] = _by_name(self.reductions[name].by, {**settings, **found}, tiles)
         return found
 
-    def run(self, stack: Stack, reduced: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor:
+    def run(self, stack: Stack, reduced: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
         """Apply the function to a tensor or a tile of it."""
         base = () if self.base == "ignored" or self.space == "deltas" else (stack.base,)
         arguments = {k: v for k, v in settings.items() if k != LAMBDA.name}
+        if self.space != "deltas" and LAMBDA.name in settings:
+            arguments[_LAMBDA_IN_PYTHON] = settings[LAMBDA.name]
         measured = {name: stack.measured[name] for name in self.statistics}
         return self.fn(stack, *base, **measured, **reduced, **arguments)
 
@@ -302,25 +339,31 @@ def merge_method(
     *,
     paper: str,
     elementwise: bool | Callable[..., bool] = False,
+    rowwise: bool | Callable[..., bool] = False,
     models: int | None = None,
     min_models: int = 1,
     ordered: bool = False,
     wide: bool = False,
     check: Callable[..., None] | None = None,
+    experts: Callable[..., Form] | None = None,
     ignored: Sequence[str] = (),
     name: str | None = None,
-) -> Callable[[Callable[..., Tensor]], MergeMethod]:
+) -> Callable[[Callable[..., Tensor | Experts]], MergeMethod]:
     """Register a merge method; everything but these words is read from the function.
 
     Args:
         paper: address of the paper or project that describes it.
         elementwise: each output entry depends on the same entry of the inputs (and on reductions) only; where that
             depends on parameters, a function of them.
+        rowwise: each row of the output, which is all that has one index along the first of two or more dims, depends
+            on the same row of the inputs (and on reductions) only; or a function of parameters. Less is one row.
         models: exactly how many models it merges, base excluded; any number if not given.
         min_models: how many at least.
         ordered: the order of the models matters.
         wide: it computes in float64.
         check: gets the parameters it names and raises ValueError where they do not go together.
+        experts: of a method that returns `Experts`: from a shape, the number of models and the parameters that it
+            names to the form in which each expert is kept.
         ignored: parameters that MergeKit's recipes may give it and that have no effect.
         name: if not the function's.
 
@@ -328,10 +371,10 @@ def merge_method(
         TypeError: the function does not follow the grammar of `hf_merge.method`.
     """
 
-    def register(fn: Callable[..., Tensor]) -> MergeMethod:
-        words: dict[str, Any] = {"paper": paper, "elementwise": elementwise, "ordered": ordered, "check": check}
+    def register(fn: Callable[..., Tensor | Experts]) -> MergeMethod:
+        words: dict[str, Any] = {"paper": paper, "elementwise": elementwise, "rowwise": rowwise, "check": check}
         counts = {"count": models, "least": models or min_models}
-        words |= {"wide": wide, "ignored": tuple(ignored)}
+        words |= {"ordered": ordered, "wide": wide, "ignored": tuple(ignored), "experts": experts}
         return _registered(_read_signature(fn, name=name or fn.__name__, **words, **counts))
 
     return register
@@ -373,7 +416,7 @@ def _load_methods() -> None:
         entry.load()
 
 
-def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> MergeMethod:
+def _read_signature(fn: Callable[..., Tensor | Experts], *, name: str, **words: Any) -> MergeMethod:
     hints = get_type_hints(fn, include_extras=True)
     doc = _read_docstring(fn)
     arguments = list(inspect.signature(fn).parameters.values())
@@ -392,8 +435,11 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
         )
     keywords = [a for a in arguments if a.kind is a.KEYWORD_ONLY]
     seeded = next((a.name for a in keywords if _mark(hints[a.name], SeedMark)), None)
-    parameters = {a.name: _parameter(a, hints[a.name], doc) for a in keywords if a.name != seeded}
-    _refuse_strangers(name, parameters, elementwise=words["elementwise"], check=words["check"])
+    parameters = {_spelled(a.name): _parameter(a, hints[a.name], doc) for a in keywords if a.name != seeded}
+    _refuse_strangers(
+        name, parameters, **{word: words[word] for word in ("elementwise", "rowwise", "check", "experts")}
+    )
+    _refuse_strange_words(name, doc["in_words"], parameters)
     optional = NoneType in get_args(hints.get("base"))
     needed = "optional" if optional else "required" if space == "deltas" or "base" in others else "ignored"
     return MergeMethod(
@@ -408,6 +454,8 @@ def _read_signature(fn: Callable[..., Tensor], *, name: str, **words: Any) -> Me
         summary=doc["summary"],
         formula=doc["formula"],
         notes=doc["notes"],
+        good_for=doc["good_for"],
+        in_words=doc["in_words"],
         **words,
     )
 
@@ -422,14 +470,30 @@ def _parameter(argument: inspect.Parameter, hint: Any, doc: Mapping[str, Any]) -
     per_model = _mark(hint, PerModelMark) is not None
     annotation = get_args(get_args(hint)[0])[0] if per_model else hint
     default = argument.default.value if isinstance(argument.default, Each) else argument.default
-    return Parameter(argument.name, annotation, default, per_model, doc["args"].get(argument.name, ""))
+    return Parameter(_spelled(argument.name), annotation, default, per_model, doc["args"].get(argument.name, ""))
+
+
+def _spelled(name: str) -> str:
+    """Return the word of recipes for an argument; `lambda` is none that Python takes."""
+    return LAMBDA.name if name == _LAMBDA_IN_PYTHON else name
 
 
 def _refuse_strangers(name: str, parameters: Mapping[str, Parameter], **conditions: Any) -> None:
     """The decorator's functions of parameters may ask for parameters only."""
     for word, condition in conditions.items():
-        if callable(condition) and (unknown := set(_keywords(condition)) - parameters.keys()):
+        if callable(condition) and (unknown := {*map(_spelled, _keywords(condition))} - parameters.keys()):
             raise TypeError(f"The {word} of '{name}' asks for what is no parameter: {', '.join(sorted(unknown))}.")
+
+
+def _refuse_strange_words(name: str, template: str, parameters: Mapping[str, Parameter]) -> None:
+    """The sentence about a method's numbers may name parameters and models only."""
+    known = {*parameters, LAMBDA.name, "model", "models", "base", "count"}
+    try:
+        found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise TypeError(f"'In words' of '{name}' is no template: {error}.") from None
+    if unknown := found - known:
+        raise TypeError(f"'In words' of '{name}' names what is no parameter: {', '.join(sorted(unknown))}.")
 
 
 def _mark(hint: Any, kind: type) -> Any:
@@ -439,8 +503,8 @@ def _mark(hint: Any, kind: type) -> Any:
 
 
 def _read_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Split a Google-style docstring into summary, formula, args and notes."""
-    parts: dict[str, list[str]] = {"": [], "Args": [], "Notes": []}
+    """Split a Google-style docstring into summary, formula, args, notes and the sentences for those who choose."""
+    parts: dict[str, list[str]] = {"": [], "Args": [], "Notes": [], "Good for": [], "In words": []}
     section = ""
     for line in inspect.cleandoc(fn.__doc__ or "").splitlines():
         if line.rstrip(":") in parts and line.endswith(":"):
@@ -455,8 +519,15 @@ def _read_docstring(fn: Callable[..., Any]) -> dict[str, Any]:
             args[key] = text
         elif args and line.strip():
             args[next(reversed(args))] += " " + line.strip()
-    notes = " ".join("\n".join(parts["Notes"]).split())
-    return {"summary": summary, "formula": inspect.cleandoc("\n" + formula).strip("\n"), "args": args, "notes": notes}
+    prose = {key: " ".join("\n".join(parts[key]).split()) for key in ("Notes", "Good for", "In words")}
+    return {
+        "summary": summary,
+        "formula": inspect.cleandoc("\n" + formula).strip("\n"),
+        "args": args,
+        "notes": prose["Notes"],
+        "good_for": prose["Good for"],
+        "in_words": prose["In words"],
+    }
 
 
 @cache
@@ -467,7 +538,7 @@ def _keywords(by: Callable[..., Any]) -> tuple[str, ...]:
 
 def _by_name(fn: Callable[..., Any], known: Mapping[str, Any], *positional: Any) -> Any:
     """Call a function with the values of its keyword-only arguments."""
-    return fn(*positional, **{name: known[name] for name in _keywords(fn)})
+    return fn(*positional, **{name: known[_spelled(name)] for name in _keywords(fn)})
 
 
 def _listed(base: Tensor | None) -> list[Tensor]:

@@ -36,6 +36,15 @@ def adamerging_pp(
         weight: coefficient of each task vector; it has no part in the vote.
         density: fraction of entries kept, of each task vector.
 
+    Good for:
+        Fine-tunes of one base when hf_merge.search.adamerging can learn the weight of each model from unlabelled
+        inputs; without that, `ties` is simpler.
+
+    In words:
+        Keeps the {density:.0%} largest changes of {model}, and counts those that agree with the vote {weight:g} times.
+        Lets the heavier side decide each sign by equal votes, adds up what agrees, and adds {lambda:g} times the
+        result to {base}.
+
     Notes:
         With one weight for all it is `ties` with scope global and consensus sum. `hf_merge.search.adamerging` learns
         the weights; they may differ from tensor to tensor.

@@ -19,6 +19,13 @@ def arcee_fusion(models: Models, base: Tensor) -> Merged:
         I = |model - base| * KL(softmax(model) || softmax(base)) of the entry's row
         merged = model where I >= median(I) + 1.5 * (third quartile - first quartile), base elsewhere
 
+    Good for:
+        Taking over from one model only the few changes that stand out, with nothing to tune; needs exactly one model
+        beside the base.
+
+    In words:
+        Takes from {model} the weights that stand out in importance, and all others from {base}.
+
     Notes:
         Quartiles are exact: the entries at places trunc(q * (N - 1)) of all sorted values; above a million entries
         MergeKit estimates them from a random sample. The result has the dtype asked for, where MergeKit leaves

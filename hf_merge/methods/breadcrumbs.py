@@ -32,6 +32,15 @@ def breadcrumbs(
         normalize: divide by the sum of the weights.
         rescale: make up for dropped entries by the L1 norm, by 1/density, or not.
 
+    Good for:
+        Several fine-tunes of one base when the smallest changes and a few extreme ones are thought to be noise; needs
+        a base and a density below 1.
+
+    In words:
+        Keeps {density:.0%} of the changes of {model} (without the smallest and up to {gamma:.1%} at the top), and
+        counts them {weight:g} times. {normalize:Averages|Adds up} what is left, and adds {lambda:g} times the result
+        to {base}.
+
     Notes:
         As in MergeKit, exactly int(density * N) entries are kept: where gamma exceeds 1 - density, fewer of the
         largest are dropped, and at density 1 none is.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hf_merge.method import merge_method
-from hf_merge.ops.spectral import Conv, low_rank, per_matrix, total
+from hf_merge.ops.spectral import Conv, Matrices, low_rank, per_matrix, total
 from hf_merge.types import Fraction, Merged, Models, Number
 
 
@@ -26,15 +26,23 @@ def cart(
         scaling: of what is added to the average.
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or average it.
 
+    Good for:
+        Several variants of one model when a plain average loses too much of each; needs no base, and scaling is worth
+        choosing on validation data.
+
+    In words:
+        Averages {models}, and adds {scaling:g} times the main directions in which each differs from the average
+        ({rank_fraction:.0%} of all directions of a matrix).
+
     Notes:
         The average takes the base's place, so that a base is not needed and, if there is one, has no part. The paper
         finds its best results near a rank_fraction of 0.08, with scaling chosen on validation data. What is no matrix
         is averaged.
     """
 
-    def merge(matrices: list[Tensor]) -> Tensor:
-        full, mean = min(matrices[0].shape), total(matrices) / len(matrices)
+    def merge(matrices: Matrices) -> Tensor:
+        full, mean = min(matrices.shape), total(matrices) / len(matrices)
         kept = max(1, int(rank_fraction * full)) if rank_fraction else 0
-        return mean + scaling * total([low_rank(matrix - mean, kept) for matrix in matrices])
+        return mean + scaling * total(low_rank(matrix - mean, kept) for matrix in matrices)
 
     return per_matrix(models, merge, conv=conv)

@@ -14,6 +14,13 @@ def cat(factors: Factors, *, weight: PerModel[Number] = each(1.0)) -> Merged:
     Args:
         weight: share of each adapter.
 
+    Good for:
+        LoRA adapters of one base that should be added exactly, at the price of a larger adapter: its rank is the sum
+        of theirs.
+
+    In words:
+        Adds {weight:g} times the change of {model}. The sum is exact, at the sum of the adapters' ranks.
+
     Notes:
         The static form of LoRA Soups' CAT, whose paper learns the weights; PEFT's combination_type "cat". Nothing is
         computed on the factors but the weights, so that one adapter at weight 1 is left as it is.

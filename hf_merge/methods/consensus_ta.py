@@ -17,6 +17,14 @@ def consensus_ta(deltas: Deltas, *, tall_mask_lambda: PerModel[NonNegative] = ea
         tall_mask_lambda: how much a task's own change must outweigh the others' for the entry to be the task's.
         k: how many tasks must need an entry; 1 removes the entries that none needs, 2 those of one alone as well.
 
+    Good for:
+        Three or more fine-tunes of one base when what only one of them needs disturbs the others; needs a base and at
+        least k models.
+
+    In words:
+        Says that {model} needs a change that outweighs {tall_mask_lambda:g} times that of all others together. Adds up
+        the changes wherever at least {k} models need theirs, and adds {lambda:g} times the result to {base}.
+
     Notes:
         The paper chooses tall_mask_lambda for each task from 0.2 to 0.6 and lambda up to 1, on validation data. With
         fewer models than k nothing is added.

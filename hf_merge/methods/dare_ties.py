@@ -31,6 +31,15 @@ def dare_ties(
         normalize: divide each entry by the weights that agreed.
         rescale: make up for dropped entries by the L1 norm (MergeKit), by 1/density (the paper), or not.
 
+    Good for:
+        Fine-tunes of one base whose many small changes are mostly redundant and pull in opposite directions; set a
+        density below 1 and try several seeds.
+
+    In words:
+        Keeps a random {density:.0%} of the changes of {model}{rescale:l1=, scaled up to their former total,|density=,
+        divided by that share,|none=} and counts them {weight:g} times. Lets the heavier side decide each sign,
+        {normalize:averages|adds up} what agrees, and adds {lambda:g} times the result to {base}.
+
     Notes:
         With `l1` the factor is sum|d| / sum|m d|, per tensor and draw; the paper's is 1/density.
     """

@@ -32,6 +32,14 @@ def fisher(
         weight: how much each model counts.
         normalize: divide the Fisher information of each model by its norm over all merged tensors.
         floor: added to the Fisher information, so that entries of which no data says anything are averaged.
+
+    Good for:
+        Models of one architecture with data at hand for each, so that a model counts most where it knows most; needs
+        measured statistics and no base.
+
+    In words:
+        Counts {model} {weight:g} times. Averages each weight by how much each model's data say about it.
+
     Notes:
         Measure the statistics by hf_merge.measure(what="fisher"). Tensors without them (buffers) are averaged. Without
         normalize, c_t is the weight alone, as in the paper; with it, as in the released code of MergeLM. Negative

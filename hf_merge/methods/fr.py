@@ -42,15 +42,26 @@ def fr(
         with_align: in the released variant, scale every v_i to the largest mean|v_j| of the tensor.
         split: filter so many blocks of rows apart, 3 for a fused qkv; one where the rows cannot be split so.
 
+    Good for:
+        Fine-tunes of one base whose sum loses skills, as an experiment: its cut is worth choosing on validation data;
+        needs a base.
+
+    In words:
+        Removes the low frequencies from the changes of {models} ({variant:paper=as in the paper|reference=as in the
+        released code}), adds up the rest, and adds {lambda:g} times the result to {base}.
+
     Notes:
         The released filter removes next to nothing of a square matrix and two thirds of one of 4 to 1, doubles a few
         frequencies, and depends on whether q, k and v are stored in one tensor; its sum needs a lambda for each number
         of tasks: 0.7 with align for 8, 0.15 for 30, 0.5 for language models. The code leaves what is no matrix at the
         base; the paper's variant adds it up unfiltered. Its coefficients sum to 1, and no published cut is known.
+        With a split of 3 a fused qkv gives what q, k and v that are stored apart do. The way back is not offered, as a
+        method sees one tensor at a time: to filter separate q, k and v as the fused matrix of open_clip's checkpoints,
+        concatenate their rows before, merge by merge_state_dicts, and cut the result.
     """
     first = deltas[0]
     if first.dim() != 2 or not first.numel():
         return exact_sum(deltas, shares) if shares else torch.zeros_like(first)
     by = partial(radial_high_pass, cut=cut) if variant == "paper" else partial(released_filter, ratio=filter_ratio)
-    aligned = to_the_largest([in_blocks(d, split, by) for d in deltas]) if with_align and not shares else None
+    aligned = to_the_largest(in_blocks(d, split, by) for d in deltas) if with_align and not shares else None
     return in_blocks(exact_sum(deltas, shares or aligned or [1.0] * len(deltas)), split, by)  # filters are linear

@@ -15,6 +15,14 @@ def iso_c(deltas: Deltas, *, conv: Conv = "average") -> Merged:
     Args:
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or average it.
 
+    Good for:
+        Several fine-tunes of one base when strong tasks drown weak ones; needs a base and no data but to choose
+        lambda.
+
+    In words:
+        Adds up the changes of {models}, makes all directions of a matrix equally strong, and adds {lambda:g} times the
+        result to {base}.
+
     Notes:
         As in the released code, what is no matrix is averaged, not added up. Singular values of 0 count in the mean
         and stay 0; there the released code fills in arbitrary directions. The paper chooses lambda on validation data.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hf_merge.method import merge_method
-from hf_merge.ops.spectral import Conv, isotropic, joined, orthogonalised, per_matrix, svd, total
+from hf_merge.ops.spectral import Conv, Matrices, isotropic, joined, leading, orthogonalised, per_matrix, svd, total
 from hf_merge.types import Deltas, Fraction, Merged
 
 
@@ -19,16 +19,24 @@ def iso_cts(deltas: Deltas, *, common_space_fraction: Fraction = 0.8, conv: Conv
         common_space_fraction: part of the rank that is common, c / q.
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or average it.
 
+    Good for:
+        Many fine-tunes of one base when what is special to each is lost in what they share; needs a base and no data
+        but to choose lambda.
+
+    In words:
+        Gives {common_space_fraction:.0%} of the directions of a matrix to what {models} share and splits the others
+        among them, makes all equally strong, and adds {lambda:g} times the result to {base}.
+
     Notes:
         The rank of the tasks is rounded to a multiple of their number, as in the released code. What is no matrix is
         averaged. Singular values of 0 count in the mean and stay 0.
     """
 
-    def merge(matrices: list[Tensor]) -> Tensor:
-        rank, count = min(matrices[0].shape), len(matrices)
+    def merge(matrices: Matrices) -> Tensor:
+        rank, count = min(matrices.shape), len(matrices)
         own = min(round((rank - int(common_space_fraction * rank)) / count), rank // count)
         common = svd(total(matrices)).part(0, rank - own * count)
-        rests = [svd(matrix - common.u @ (common.u.T @ matrix)).part(0, own) for matrix in matrices]
+        rests = [leading(matrix - common.u @ (common.u.T @ matrix), own) for matrix in matrices]
         return isotropic(orthogonalised(joined([*rests, common])))
 
     return per_matrix(deltas, merge, conv=conv)

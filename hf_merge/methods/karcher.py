@@ -28,6 +28,14 @@ def karcher(
         max_iter: at most so many steps along the gradient.
         tol: smaller gradients, angles and norms count as 0.
 
+    Good for:
+        Two or more variants of one model when a plain average would make their weights smaller; needs no base and
+        nothing to tune.
+
+    In words:
+        Averages the directions of {models} on the sphere (in at most {max_iter} steps), and gives the result their
+        mean length.
+
     Notes:
         Models of a norm up to tol have no direction and count in the mean norm only. Where directions cancel (their
         mean is shorter than tol or 1e-4) or no model has one, the result is the average of the models; MergeKit

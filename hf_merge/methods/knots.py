@@ -27,6 +27,14 @@ def knots(
         density: fraction of entries of each V_i that are kept.
         normalize: divide each entry by the weights that agreed.
 
+    Good for:
+        LoRA adapters that were trained apart and should be merged by `ties`, which works better once they are aligned;
+        needs adapters.
+
+    In words:
+        Turns the adapters into a common basis. Keeps the {density:.0%} largest parts of {model}, and counts them
+        {weight:g} times. Lets the heavier side decide each sign, and {normalize:averages|adds up} what agrees.
+
     Notes:
         KnOTS-TIES of the paper, entries trimmed per module. The changes are never made as matrices: U, S and V_i
         come from the factors, and the rank of the result is at most the sum of the adapters' ranks.

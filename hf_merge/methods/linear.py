@@ -14,6 +14,13 @@ def linear(models: Models, *, weight: PerModel[Number] = each(1.0), normalize: b
     Args:
         weight: share of each model.
         normalize: divide by the sum of the weights.
+
+    Good for:
+        Variants of one model that learnt similar things, such as runs with other seeds; the simplest choice, and it
+        needs no base.
+
+    In words:
+        Counts {model} {weight:g} times. {normalize:Averages|Adds up} the weights of {models}.
     """
     divisor = sum(weight) if normalize else 1.0
     if abs(divisor) < 1e-8:

@@ -17,6 +17,14 @@ def lora_lego(factors: Factors, *, weight: PerModel[Number] = each(1.0), units: 
         weight: share of each adapter; scales its units' products.
         units: how many clusters: the rank of the result; the mean of the adapters' ranks if not given.
 
+    Good for:
+        LoRA adapters of one base that should become one adapter of ordinary rank in which similar parts are joined;
+        needs adapters.
+
+    In words:
+        Counts {model} {weight:g} times. Cuts the adapters into their smallest units, groups similar ones (number of
+        groups: {units}), and builds an adapter with one unit for each group.
+
     Notes:
         Both reweightings of the paper, of the centroids' length and of the sum. k-means begins with the longest unit
         and then those farthest from all before, and so is not random; the paper does not say how it begins.

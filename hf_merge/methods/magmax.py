@@ -11,6 +11,13 @@ def magmax(deltas: Deltas) -> Merged:
 
         merged = base + lambda * d_i,  d_i = model_i - base,  i = argmax_i |d_i| for each entry
 
+    Good for:
+        A model that was fine-tuned on one task after the other, merged from its stages in the order of training; needs
+        a base, and the paper recommends lambda 0.5.
+
+    In words:
+        Takes for each weight the largest change among {models}, and adds {lambda:g} times the result to {base}.
+
     Notes:
         Of changes that are equal in magnitude the later model's counts, as in the released code: it takes the models
         in the order in which they were trained. The paper recommends lambda = 0.5.

@@ -35,6 +35,13 @@ def multislerp(
         normalize_weights: divide the weights by their sum.
         eps: added to the norms; where |m| is smaller, directions cancel.
 
+    Good for:
+        Two or more models when a plain average would make their weights smaller; with a base only their changes are
+        averaged.
+
+    In words:
+        Counts {model} {weight:g} times. Averages directions and lengths of {models} apart.
+
     Notes:
         MergeKit goes on to move m by the weighted sum of the tangents at m, which is 0 whatever the models: all that
         it adds is a factor cos(eps). Where directions cancel (|m| below eps, or below 1e-4 of the weights, which

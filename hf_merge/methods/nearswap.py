@@ -17,6 +17,13 @@ def nearswap(models: Models, base: Tensor, *, t: Positive = 1e-4) -> Merged:
     Args:
         t: distance below which an entry is swapped whole.
 
+    Good for:
+        Giving a model a touch of another only where the two hardly differ; needs exactly one model beside the base.
+
+    In words:
+        Takes over the weights of {model} where they are within {t:g} of those of {base}, and elsewhere the less of
+        them the farther apart the two are.
+
     Notes:
         MergeKit asks for t; the default here is the one of the model that introduced the method.
     """

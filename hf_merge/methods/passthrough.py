@@ -12,5 +12,11 @@ def passthrough(models: Models, *, scale: PerModel[Number | None] = each(None)) 
 
     Args:
         scale: factor of the weights; none leaves them as they are.
+
+    Good for:
+        Copying the layers of one model, as in stacks of layers from several; by itself it merges nothing.
+
+    In words:
+        Copies the weights of {model} (scale: {scale}).
     """
     return models[0] if scale[0] is None else models[0] * scale[0]

@@ -27,6 +27,13 @@ def pcb(
         ratio: part of the entries of each task that win.
         coefficient: scale of each task vector.
 
+    Good for:
+        Fine-tunes of one base that compete for the same weights, when few changes of each should win; needs a base.
+
+    In words:
+        Counts the changes of {model} {coefficient:g} times. Lets all changes compete, keeps about the best {ratio:.0%}
+        of each model, averages them by their scores, and adds {lambda:g} times the result to {base}.
+
     Notes:
         The released code has two versions that differ from the paper and from each other; this is the one of its
         vision experiments, 1.2 included. The paper normalises both factors of p by softmax over the model.

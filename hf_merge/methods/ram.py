@@ -14,5 +14,12 @@ def ram(deltas: Deltas, *, epsilon: Positive = 1e-5) -> Merged:
 
     Args:
         epsilon: change below which an entry counts as unchanged.
+
+    Good for:
+        Fine-tunes of one base that left most weights untouched, as reinforcement learning does; needs a base.
+
+    In words:
+        Ignores changes up to {epsilon:g}, averages what several of {models} changed, keeps what one alone changed, and
+        adds {lambda:g} times the result to {base}.
     """
     return overlap_sum(deltas, active(deltas, epsilon), alone=[1.0] * len(deltas))

@@ -27,6 +27,15 @@ def ramplus_tl(
         alpha: largest ratio of shared to lone entries that counts.
         epsilon: change below which an entry counts as unchanged.
 
+    Good for:
+        As `ram`, when averaging what is shared weakens the models: what one alone changed is raised to make up for it;
+        needs a base.
+
+    In words:
+        Ignores changes up to {epsilon:g}, averages what several of {models} changed, raises what one alone changed by
+        {r:g} times its ratio of shared to lone changes (at most {alpha:g}), and adds {lambda:g} times the result to
+        {base}.
+
     Notes:
         The result has the dtype asked for; MergeKit leaves float32 for 16-bit inputs.
     """

@@ -14,6 +14,15 @@ def regmean(models: Models, gram: Gram, *, scaling: Fraction = 0.9, ridge: Posit
     Args:
         scaling: what the off-diagonal entries of the Gram matrices are multiplied by.
         ridge: added to the diagonals, as a share of their mean; it keeps singular Gram matrices solvable.
+
+    Good for:
+        Models made of linear layers with some inputs at hand for each, when the result is worth measuring first; needs
+        measured statistics and no base.
+
+    In words:
+        Finds for every linear layer the weights whose outputs are nearest to those of {models} on their own inputs
+        (correlations between inputs count {scaling:.0%}), and averages all other tensors.
+
     Notes:
         Measure the statistics by hf_merge.measure(what="gram"). Tensors without them (norms, biases, embeddings) are
         averaged. The released code has no ridge; with it, directions in which no model has inputs are averaged.

@@ -14,6 +14,15 @@ def regmean_plus_plus(models: Models, merged_gram: Gram, *, scaling: Fraction = 
     Args:
         scaling: what the off-diagonal entries of the Gram matrices are multiplied by.
         ridge: added to the diagonals, as a share of their mean; it keeps singular Gram matrices solvable.
+
+    Good for:
+        As `regmean`, for deep models in which a merged layer changes the inputs of the next; needs statistics measured
+        on all models together.
+
+    In words:
+        Goes through the layers and finds the weights whose outputs are nearest to those of {models} on inputs from the
+        merged layers before (correlations between inputs count {scaling:.0%}), and averages all other tensors.
+
     Notes:
         Measure the statistics of all models together by hf_merge.measure(what="merged_gram") with the same scaling and
         ridge. Tensors without them (norms, biases, embeddings) are averaged, also those after the last layer, which

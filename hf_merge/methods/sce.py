@@ -26,6 +26,15 @@ def sce(
     Args:
         select_topk: fraction kept of the entries that vary at all; 1 keeps all entries.
 
+    Good for:
+        Two or more fine-tunes of one base of unlike strength, with one number to set: models that changed more count
+        more; needs a base.
+
+    In words:
+        Keeps the {select_topk:.0%} of changes that vary most among {models}, and weighs each model by the energy of
+        its changes. Lets the heavier side decide each sign, averages what agrees, and adds {lambda:g} times the result
+        to {base}.
+
     Notes:
         As in MergeKit, the models weigh the same where the mean squares sum to less than 1e-6, as they do for
         changes of less than about 1e-3 in each entry; a limit relative to the weights would be right. Shares

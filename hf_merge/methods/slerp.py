@@ -22,6 +22,12 @@ def slerp(
     Args:
         t: position between the base (0) and the model (1).
 
+    Good for:
+        Exactly two models, one of them named as the base, blended in any proportion with their strength kept.
+
+    In words:
+        Goes {t:.0%} of the way along the arc from {base} to {model}.
+
     Notes:
         Tensors whose cosine exceeds 0.9995 in magnitude are interpolated linearly, as in MergeKit. MergeKit asks
         for t; the default here is midway.

@@ -17,9 +17,16 @@ def star(deltas: Deltas, *, eta: Fraction = 0.4, conv: Conv = "average") -> Merg
         eta: part of the nuclear norm that is kept, and at least one direction; 1 keeps all.
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or average it.
 
+    Good for:
+        Several fine-tunes of one base when the weak directions of their changes are thought to be noise; needs a base.
+
+    In words:
+        Keeps the strongest directions of each matrix that hold {eta:.0%} of the change of {models}, scales them up for
+        what was cut, averages them, and adds {lambda:g} times the result to {base}.
+
     Notes:
         What is no matrix is averaged.
     """
     return per_matrix(
-        deltas, lambda parts: total([truncated_and_rescaled(one, eta) for one in parts]) / len(parts), conv=conv
+        deltas, lambda parts: total(truncated_and_rescaled(one, eta) for one in parts) / len(parts), conv=conv
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_merge.method import merge_method
 from hf_merge.ops.combine import weighted_sum
-from hf_merge.ops.spectral import Conv, calibrated, per_matrix
+from hf_merge.ops.spectral import Conv, Matrices, calibrated, per_matrix
 from hf_merge.types import Deltas, Merged, Number, PerModel, Positive, each
 
 
@@ -31,6 +31,15 @@ def svc(
         alpha: at 1 singular values are only lowered, below 1 raised too; 1/T if not given.
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or leave it as it was merged.
 
+    Good for:
+        A sum of fine-tunes, or an earlier merge of them, in which what several share came out too strong; needs a
+        base.
+
+    In words:
+        Counts the change of {model} {weight:g} times{merged:, as the merge to start from|}. Adds up the changes unless
+        one is the merge to start from, evens out the directions that several models share, and adds {lambda:g} times
+        the result to {base}.
+
     Notes:
         What is no matrix stays as it was merged. The paper takes alpha = 1/T, and 1 after TSV-M.
     """
@@ -41,7 +50,7 @@ def svc(
     def start(parts: Sequence[Tensor]) -> Tensor:
         return weighted_sum(parts[: len(given)] or parts, [1.0 / len(given)] * len(given) if given else shares)
 
-    def merge(parts: list[Tensor]) -> Tensor:
+    def merge(parts: Matrices) -> Tensor:
         return calibrated(start(parts), parts[len(given) :], alpha or 1 / max(1, len(tasks)))
 
     return per_matrix([*given, *tasks], merge, conv=conv, others=start)

@@ -14,5 +14,13 @@ def task_arithmetic(deltas: Deltas, *, weight: PerModel[Number] = each(1.0), nor
     Args:
         weight: scale of each task vector; a negative one makes the model forget its task.
         normalize: divide by the sum of the weights.
+
+    Good for:
+        Fine-tunes of one base that learnt different things; the simplest way to add skills, or to take one away by a
+        negative weight.
+
+    In words:
+        Counts the change of {model} {weight:g} times. {normalize:Averages|Adds up} these changes, and adds {lambda:g}
+        times the result to {base}.
     """
     return linear_sum(deltas, weight, normalize=normalize)

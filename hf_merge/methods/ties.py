@@ -48,6 +48,15 @@ def ties(
         scope: trim each tensor by itself as MergeKit does, or the whole model at once as the paper does.
         consensus: mean, sum or largest of the entries that agree.
 
+    Good for:
+        Two or more fine-tunes of one base that should all keep their skills; a safe first choice, best with a density
+        below 1.
+
+    In words:
+        Keeps the {density:.0%} largest changes of {model}, and counts them {weight:g} times. Lets the heavier side
+        decide each sign, {consensus:mean=averages|sum=adds up|max=takes the largest of} what agrees{normalize:|
+        (undivided)}, and adds {lambda:g} times the result to {base}.
+
     Notes:
         Per tensor, exactly max(1, int(density * N)) entries are kept, the first of equal ones, and s = 0 counts as +.
         Globally, as in the authors' code, int(density * N) + 1 are and all that equal the last, and s = 0 takes the

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from hf_merge.method import merge_method
-from hf_merge.ops.spectral import Conv, least_interference, per_matrix, undisturbed
+from hf_merge.ops.spectral import Conv, Matrices, least_interference, per_matrix, undisturbed
 from hf_merge.types import Count, Deltas, Merged, Positive
 
 
@@ -30,13 +30,21 @@ def wudi(
         learning_rate: of Adam.
         conv: take the kernel of a convolution as a matrix [out, in*kh*kw], or average it.
 
+    Good for:
+        Several fine-tunes of one base, without data but with time to compute: every matrix is optimised by itself;
+        needs a base.
+
+    In words:
+        Looks for the change that disturbs those of {models} least ({solution:iterative=by steps of
+        optimisation|closed_form=solved at once}), and adds {lambda:g} times the result to {base}.
+
     Notes:
         The steps of the paper end far before the limit, which amplifies noise; its results are theirs, so they are the
         default. The authors' code merges the weights of linear layers only and leaves all else at the base; here every
         matrix is merged and the rest averaged: a recipe keeps tensors by rules.
     """
 
-    def merge(matrices: list[Tensor]) -> Tensor:
+    def merge(matrices: Matrices) -> Tensor:
         if solution == "closed_form":
             return undisturbed(matrices)
         return least_interference(matrices, iterations, learning_rate)

@@ -8,15 +8,24 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hf_merge.ops import loops
+from hf_merge.ops.sums import Magnitudes, magnitude_sum
 from hf_merge.types import Tiles
 
 
 def weighted_sum(tensors: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     """Return the sum of weight_i * tensor_i as a new tensor."""
+    if loops.take(*tensors):
+        return loops.weighted_sum(tensors, weight)
     total = tensors[0] * weight[0]
     for tensor, w in zip(tensors[1:], weight[1:], strict=True):
         total.add_(tensor, alpha=w)
     return total
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Return tensor * factor: the tensor itself where that is 1."""
+    return tensor if factor == 1 else tensor * factor
 
 
 def divide_(tensor: Tensor, divisor: float) -> Tensor:
@@ -49,7 +58,9 @@ def disjoint_sum(
     The elected sign is that of the weighted sum, a sum of zero having the sign `undecided`. With `normalize` each
     entry is divided by the weights that took part (by 1 where they sum to 0), which is TIES' disjoint mean.
     """
-    weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
+    if loops.take(*tensors):
+        return loops.disjoint_sum(tensors, weight, normalize=normalize, undecided=undecided)
+    weighted = [scaled(tensor, w) for tensor, w in zip(tensors, weight, strict=True)]
     elected = _elected_sign(weighted, undecided)
     ones, shares = [1.0] * len(weighted), weight if normalize else [0.0] * len(weighted)
     total, divisor = _sum_of_agreeing(weighted, elected, ones, shares)
@@ -73,7 +84,7 @@ def agreeing(tensors: Sequence[Tensor], *, undecided: float = 1.0) -> list[Tenso
 
 def disjoint_max(tensors: Sequence[Tensor], weight: Sequence[float], *, undecided: float = 1.0) -> Tensor:
     """Elect a sign for each entry as `disjoint_sum` does, then keep the largest of the entries that have it."""
-    weighted = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
+    weighted = [scaled(tensor, w) for tensor, w in zip(tensors, weight, strict=True)]
     elected = _elected_sign(weighted, undecided)
     most = torch.zeros_like(elected)
     for tensor in weighted:
@@ -155,14 +166,18 @@ def localised(deltas: Sequence[Tensor], total: Tensor, share: Sequence[float]) -
 
 def magnitude_shares(tiles: Tiles) -> list[float]:
     """Return each model's share of the mean magnitudes of all; equal ones where nothing changed."""
-    found = [[float(t.abs().sum(dtype=torch.float64)) for t in tile] for tile in tiles]
-    sums = [math.fsum(parts) for parts in zip(*found, strict=True)]
-    return [one / math.fsum(sums) if any(sums) else 1 / len(sums) for one in sums]
+    found: list[Magnitudes] = []
+    for tile in tiles:
+        found = found or [Magnitudes() for _ in tile]
+        for sums, tensor in zip(found, tile, strict=True):
+            sums.add(tensor)
+    each = [sums.total() for sums in found]
+    return [one / math.fsum(each) if any(each) else 1 / len(each) for one in each]
 
 
-def to_the_largest(tensors: Sequence[Tensor]) -> list[float]:
+def to_the_largest(tensors: Iterable[Tensor]) -> list[float]:
     """Say by what to multiply each tensor so that all have the largest mean magnitude among them; zeros stay."""
-    sums = [float(t.abs().sum(dtype=torch.float64)) if not t.is_meta else 1.0 for t in tensors]
+    sums = [magnitude_sum(t) if not t.is_meta else 1.0 for t in tensors]
     return [max(sums) / one if one else 1.0 for one in sums]
 
 

@@ -34,9 +34,9 @@ class Limits:
 
 def clipping_limits(tiles: Tiles) -> list[Limits]:
     """Find for every model the magnitudes between which all others are clipped."""
-    twice = Derived(tiles, lambda tile: [delta.abs() for delta in tile] * 2)
+    magnitudes = Derived(tiles, lambda tile: [delta.abs() for delta in tile])
     count = len(next(iter(tiles), ()))
-    found = sorted_at(twice, [_lowest] * count + [_highest] * count)
+    found = sorted_at(magnitudes, [(i, place) for place in (_lowest, _highest) for i in range(count)])
     return [Limits(low, max(low, high)) for low, high in zip(found[:count], found[count:], strict=True)]
 
 
@@ -51,7 +51,7 @@ def _highest(size: int) -> int:
 def score_limits(tiles: Tiles, *, clips: Sequence[Limits], ratio: float) -> list[Limits]:
     """Find for every model the score that wins nothing, and the one that wins most."""
     scored = Derived(tiles, lambda tile: scores(tile, clips))
-    low = sorted_at(scored, [partial(_place, 1 - ratio)] * len(clips))
+    low = sorted_at(scored, [(i, partial(_place, 1 - ratio)) for i in range(len(clips))])
     high = [-math.inf] * len(clips)
     for tile in scored:
         high = [

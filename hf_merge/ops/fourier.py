@@ -15,8 +15,9 @@ def radial_high_pass(matrix: Tensor, cut: float) -> Tensor:
         matrix: rows and columns are the two directions.
         cut: radius of the removed disc, where 1 is the Nyquist frequency of either direction.
     """
-    rows, columns = (2 * torch.fft.fftfreq(n, dtype=torch.float64) for n in matrix.shape)
-    return _filtered(matrix, (rows[:, None].square() + columns.square()).sqrt() >= cut)
+    rows = 2 * torch.fft.fftfreq(matrix.shape[0], dtype=torch.float64)
+    columns = 2 * torch.fft.rfftfreq(matrix.shape[1], dtype=torch.float64)
+    return _filtered(matrix, (rows[:, None].square() + columns.square()).sqrt_() >= cut)
 
 
 def released_filter(matrix: Tensor, ratio: float) -> Tensor:
@@ -27,17 +28,27 @@ def released_filter(matrix: Tensor, ratio: float) -> Tensor:
     matrix that is not square, these are all that lie far from the middle along the longer side.
     """
     side = min(matrix.shape)
-    rows, columns = (torch.arange(n, dtype=torch.float32) - n // 2 for n in matrix.shape)
-    distance, inner = (rows[:, None].square() + columns.square()).sqrt(), side // 10
-    outer = torch.tensor(side * ratio, dtype=torch.float32)
-    return _filtered(matrix, (distance <= inner).float() + ((distance >= inner) & (distance <= outer)))
+    inner, outer = side // 10, torch.tensor(side * ratio, dtype=torch.float32)
+    places = torch.arange(matrix.shape[0])[:, None], torch.arange(matrix.shape[1] // 2 + 1)
+
+    def gain(*at: Tensor) -> Tensor:
+        squares = [(i.float() - n // 2).square() for i, n in zip(at, matrix.shape, strict=True)]
+        distance = (squares[0] + squares[1]).sqrt_()
+        return (distance <= inner).float() + ((distance >= inner) & (distance <= outer))
+
+    mirrored = (-i % n for i, n in zip(places, matrix.shape, strict=True))  # the negative frequencies
+    return _filtered(matrix, (gain(*places) + gain(*mirrored)) / 2)
 
 
 def _filtered(matrix: Tensor, gain: Tensor) -> Tensor:
-    """Multiply the spectrum of a real matrix by a real gain; return the real part of what has that spectrum."""
-    mirrored = gain.flip(0, 1).roll((1, 1), (0, 1))  # what the gain is at the negative frequency
-    half = ((gain.to(matrix.dtype) + mirrored) / 2)[:, : matrix.shape[1] // 2 + 1].to(matrix.device)
-    return torch.fft.irfft2(torch.fft.rfft2(matrix) * half, s=matrix.shape)
+    """Multiply the spectrum of a real matrix by a real gain, given as `rfft2` has the frequencies.
+
+    A gain that differs between a frequency and its negative is that of the real part of the result; it is given as the
+    mean of the two.
+    """
+    spectrum = torch.fft.rfft2(matrix)
+    torch.view_as_real(spectrum).mul_(gain.to(matrix)[..., None])
+    return torch.fft.irfft2(spectrum, s=matrix.shape)
 
 
 def in_blocks(matrix: Tensor, count: int, by: Callable[[Tensor], Tensor]) -> Tensor:

@@ -59,7 +59,7 @@ def inner_products(
     """Return the inner products of every two models, in float64.
 
     Args:
-        tiles: one tensor of every model; for products along a dim, a single tile in its shape.
+        tiles: one tensor of every model; for products along a dim, a single one in its shape.
         vectors: what is taken of a tile.
         dim: run of entries that is one vector; all of them if not given.
 
@@ -72,7 +72,7 @@ def inner_products(
         pairs = {(i, j): _product(wide[i], wide[j], dim) for i in range(n) for j in range(i + 1)}
         found = torch.stack([pairs[max(i, j), min(i, j)] for i in range(n) for j in range(n)])
         total = total + found if len(total) else found
-    return total.cpu().view(n, n, *total.shape[1:])
+    return (total if total.is_meta else total.cpu()).view(n, n, *total.shape[1:])
 
 
 def _product(a: Tensor, b: Tensor, dim: int | None) -> Tensor:

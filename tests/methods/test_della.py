@@ -6,7 +6,7 @@ import torch
 import hf_merge
 from hf_merge.errors import ParameterError
 from hf_merge.method import get_method
-from hf_merge.ops.sparsify import rank_probabilities
+from hf_merge.ops.dropping import rank_probabilities
 
 della, della_linear = get_method("della"), get_method("della_linear")
 DRAWS = 4000

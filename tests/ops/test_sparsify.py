@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_merge.ops.random import bernoulli
+from hf_merge.ops.selection import magnitude_bits
 from hf_merge.ops.sparsify import (
     KEEP_ALL,
     KEEP_NONE,
@@ -11,7 +12,6 @@ from hf_merge.ops.sparsify import (
     drop,
     keep_largest,
     keep_random,
-    magnitude_bits,
     magnitude_factors,
     magnitude_thresholds,
     random_factors,
