@@ -385,7 +385,7 @@ def test_the_command_line_measures_and_merges(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "grams").iterdir()) == ["0.safetensors", "1.safetensors"]
     done = run("measure", world / "vit/a", tmp_path / "none.csv", tmp_path / "x.safetensors")
-    assert done.returncode == 1 and "There is no data at" in done.stderr
+    assert done.returncode == 1 and "there is nothing at" in done.stderr
     assert run("measure", world / "vit/a", tmp_path / "x.safetensors").returncode == 2
 
 
@@ -468,9 +468,9 @@ def test_data_that_cannot_be_read_is_refused(world, tmp_path):
     words = {"what": "gram", "output": tmp_path / "g.safetensors"}
     (tmp_path / "broken.json").write_text("[{")
     for data, said in (
-        ([], "no examples"), ([{"colour": "red"}], "Which column is the input"), (tmp_path / "broken.json", "be read"),
-        (tmp_path, "no folders with images"), (17, "found a int"), ([3], "found a int"),
-        (tmp_path / "x.txt", "no data"),
+        ([], "is empty"), ([{"colour": 3}], "call the input 'text'"), (tmp_path / "broken.json", "be read"),
+        (tmp_path, "has no images"), (17, "is a int"), ([3], "has a int as an example"),
+        (tmp_path / "x.txt", "there is nothing at"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             hf_merge.measure(world / "bert/a", data, **words)

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub.utils import tqdm
 
 import hf_merge
+from hf_merge.data import Data, Preparation, read
 from hf_merge.errors import OutputError, ParameterError, shown
 from hf_merge.measuring.activations import activations, spec_of
-from hf_merge.measuring.data import Data, Preparation
 from hf_merge.measuring.fisher import Targets, diagonal_fisher
 from hf_merge.measuring.gram import Shared, bytes_in, gram_matrices, in_passes, sharing
 from hf_merge.measuring.sequence import METHOD, merged_gram_matrices
@@ -60,8 +60,8 @@ def measure(
 
     Args:
         model: a Hub id, a folder, an adapter (over its base), or a `PreTrainedModel`.
-        data: a `datasets.Dataset`, a local .json, .jsonl, .csv or .parquet file, a folder with a folder of images for
-            each class, or an iterable of rows or of batches. The model's own tokenizer or image processor is used.
+        data: a `datasets.Dataset`, a local file, a folder of images, or an iterable of rows or of batches; see
+            `hf_merge.data.read`. The model's own tokenizer or image processor is used.
         what: `fisher`, the diagonal Fisher information: mean over examples of squared gradients of the
             log-likelihood. `gram`: X^T X / n of the inputs of every linear layer and convolution. `activations`: mean
             and root mean square of their outputs. `merged_gram`: for lists of models and of data, Gram matrices on
@@ -91,42 +91,35 @@ def measure(
         MergeError: the model cannot be read or run.
     """
     _check(what, targets, batch_size, max_examples, max_length, seed)
-    together = what == "merged_gram"
-    models, datas = (list(model), list(data)) if together and _are_lists(model, data) else ([model], [data])
-    if together and len(models) != len(datas):
-        raise ParameterError(f"There are {len(models)} models and {len(datas)} data sets: each model has its own.")
-    if together and not _are_lists(model, data):
-        raise ParameterError("'merged_gram' is measured of all models together: pass lists of models and of data.")
-    targeted = Path(os.path.abspath(os.path.expanduser(output)))
-    paths = [targeted / f"{place}.safetensors" for place in range(len(models))] if together else [targeted]
-    for path in paths:
-        refuse_existing_file(path, overwrite=overwrite)
+    models, given = _pairs(model, data, together=what == "merged_gram")
+    limit, words = bytes_in(max_memory), _words_of_merge(scaling, ridge)
+    paths = _paths(output, len(models), together=what == "merged_gram", overwrite=overwrite)
+    rows = [read(one) for one in given]
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     device_map = None if device_map == "auto" and not has_accelerator() else device_map
-    limit = bytes_in(max_memory)
     subjects = [open_subject(one, device_map=device_map, dtype=dtype, hub=hub) for one in models]
     prepared = [
         Data(
-            rows, subject.module, Preparation(subject.place, _length(subject, max_length), **hub), columns=columns,
-            batch_size=batch_size, max_examples=max_examples, seed=seed,
+            some, subject.module, Preparation(subject.module, subject.ref, max_length=max_length, **hub),
+            columns=columns, batch_size=batch_size, max_examples=max_examples, seed=seed,
             labelled=what == "fisher" and targets == "data" and not subject.is_causal,
         )
-        for subject, rows in zip(subjects, datas, strict=True)
+        for subject, some in zip(subjects, rows, strict=True)
     ]  # fmt: skip
-    told = [_told(what, *pair, seed=seed) for pair in zip(subjects, prepared, datas, strict=True)]
+    told = [_told(what, *each, seed=seed) for each in zip(subjects, prepared, given, strict=True)]
     with ExitStack() as stack:
         for subject in subjects:
             stack.enter_context(_steady(subject.module))
+        if what == "merged_gram":
+            _write_merged_gram(subjects, prepared, paths, [{**one, **words} for one in told], words)
+            return paths
         if what == "fisher":
             _write_fisher(subjects[0], prepared[0], paths[0], {**told[0], "targets": targets}, targets, seed)
         elif what == "activations":
             _write_activations(subjects[0], prepared[0], paths[0], told[0])
-        elif what == "gram":
-            _write_gram(subjects[0], prepared[0], paths[0], told[0], limit)
         else:
-            words = _words_of_merge(scaling, ridge)
-            _write_merged_gram(subjects, prepared, paths, [{**one, **words} for one in told], words)
-    return paths if together else paths[0]
+            _write_gram(subjects[0], prepared[0], paths[0], told[0], limit)
+    return paths[0]
 
 
 def _check(what: Any, targets: Any, batch_size: Any, max_examples: Any, max_length: Any, seed: Any) -> None:
@@ -144,26 +137,30 @@ def _check(what: Any, targets: Any, batch_size: Any, max_examples: Any, max_leng
             raise ParameterError(f"'{name}' should be an integer of at least {least}; found {shown(value)}.")
 
 
-def _are_lists(model: Any, data: Any) -> bool:
-    return isinstance(model, (list, tuple)) and isinstance(data, (list, tuple))
+def _pairs(model: Any, data: Any, *, together: bool) -> tuple[list[Any], list[Any]]:
+    """Return models and the data of each: one of each, or lists of models that are measured together."""
+    if not together:
+        return [model], [data]
+    if not isinstance(model, (list, tuple)) or not isinstance(data, (list, tuple)):
+        raise ParameterError("'merged_gram' is measured of all models together: pass lists of models and of data.")
+    if len(model) != len(data):
+        raise ParameterError(f"There are {len(model)} models and {len(data)} data sets: each model has its own.")
+    return list(model), list(data)
+
+
+def _paths(output: str | os.PathLike[str], count: int, *, together: bool, overwrite: bool) -> list[Path]:
+    """Name the files that are made; none of them may be there already."""
+    target = Path(os.path.abspath(os.path.expanduser(output)))
+    paths = [target / f"{place}.safetensors" for place in range(count)] if together else [target]
+    for path in paths:
+        refuse_existing_file(path, overwrite=overwrite)
+    return paths
 
 
 def _words_of_merge(scaling: float | None, ridge: float | None) -> dict[str, Any]:
     method = get_method(METHOD)
     given = {name: value for name, value in (("scaling", scaling), ("ridge", ridge)) if value is not None}
     return method.settings(1, given)
-
-
-def _length(subject: Subject, asked: int) -> int:
-    """Return how many tokens a text may have."""
-    config = getattr(subject.module, "config", None)
-    own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or asked
-    padding = getattr(config, "pad_token_id", None) if getattr(config, "model_type", "") in _OFFSET else None
-    return min(asked, own - (0 if padding is None else padding + 1))
-
-
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
-"""Models whose positions begin after that of padding."""
 
 
 def _told(what: str, subject: Subject, data: Data, given: Any, *, seed: int) -> dict[str, Any]:

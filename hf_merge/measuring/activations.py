@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_merge.measuring.data import Batch
+from hf_merge.data import Batch
 from hf_merge.measuring.subject import Layer, Subject
 from hf_merge.types import TensorSpec
 

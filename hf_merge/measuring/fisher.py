@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from hf_merge.data import Batch
 from hf_merge.errors import DataError
-from hf_merge.measuring.data import Batch
 from hf_merge.measuring.subject import Subject
 
 Targets = Literal["sampled", "data", "expected"]

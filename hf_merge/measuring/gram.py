@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_merge.data import Batch
 from hf_merge.errors import DataError, ParameterError
-from hf_merge.measuring.data import Batch
 from hf_merge.measuring.subject import Layer, Subject, given_to
 from hf_merge.types import TensorSpec
 

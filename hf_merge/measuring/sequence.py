@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_merge.data import Batch, Data
 from hf_merge.errors import PlanError
-from hf_merge.measuring.data import Batch, Data
 from hf_merge.measuring.gram import Shared, Sum, _adding, sharing, watched
 from hf_merge.measuring.subject import Layer, Subject
 from hf_merge.method import get_method

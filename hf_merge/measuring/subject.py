@@ -16,7 +16,7 @@ from hf_merge.recipe import in_memory
 from hf_merge.sources import Source, open_sources
 from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.mapping import MappingSource
-from hf_merge.types import InMemory, ModelRef, Ref, as_model
+from hf_merge.types import InMemory, Ref, as_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,6 @@ class Subject:
     ref: Ref
     source: Source
     module: nn.Module
-
-    @property
-    def place(self) -> str | None:
-        """Where its tokenizer and the like are."""
-        return self.ref.path if isinstance(self.ref, ModelRef) else getattr(self.module, "name_or_path", None) or None
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,6 @@ and the gradient is let go. So base, task vectors and one set of weights are in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_merge import _compat
 from hf_merge.ops.combine import weighted_sum
+from hf_merge.sources.module import config_of
 
 Cut = tuple[tuple[int, ...], tuple[int, ...], int] | None
 """Shape, strides and offset of a checkpoint's tensor within a parameter; None if it is all of it."""
@@ -63,7 +63,7 @@ def place(
         shapes: of the checkpoint's tensors.
         own_names: what the model's own checkpoint calls them, where that is something else.
     """
-    own, config = dict(_named(module)), _config_of(module)
+    own, config = dict(_named(module)), config_of(module)
     parts = _compat.parts_on_disk(config) if config else {}
     built = _compat.empty_model(config) if config else None
     called = {name: (name, (own_names or {}).get(name, name)) for name in names}
@@ -84,13 +84,6 @@ def place(
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
-
-
-def _config_of(module: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(module, "config", None)
-    if not hasattr(config, "to_json_string"):
-        return {}
-    return {**json.loads(config.to_json_string()), "architectures": [type(module).__name__]}
 
 
 class Backbone:

@@ -6,6 +6,7 @@ import click
 from huggingface_hub import typer_factory
 
 from hf_merge import _compat
+from hf_merge.flags import CacheDir, LocalOnly, Token, shared
 
 Argument, Option, out = _compat.cli_words()
 
@@ -15,11 +16,18 @@ SourcesAndOutput = Annotated[
     list[str],
     Argument(help="MODEL... OUTPUT.yaml (folders or Hub ids), or RECIPE OUTPUT.yaml with a recipe that names them."),
 ]
-BatchSize = Annotated[int, Option("--batch-size", min=1, help="Examples of a task at a time.")]
-Device = Annotated[str | None, Option("--device", help="Where the models run. Default: an accelerator, if any.")]
-Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
-CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
-LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hub.")]
+
+
+def _flags(
+    batch_size: Annotated[int, Option("--batch-size", min=1, help="Examples of a task at a time.")] = 16,
+    device: Annotated[
+        str | None, Option("--device", help="Where the models run. Default: an accelerator, if any.")
+    ] = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalOnly = False,
+) -> None:
+    """The flags of all searches."""
 
 
 @app.command(
@@ -27,6 +35,7 @@ LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hu
     epilog="Examples\n  $ hf-merge search adamerging org/pets org/cars --base org/base --data pets=images/pets "
     "--data cars=images/cars found.yaml\n  $ hf-merge merge found.yaml merged",
 )
+@shared(_flags)
 def adamerging(
     models_and_output: SourcesAndOutput,
     data: Annotated[
@@ -46,7 +55,6 @@ def adamerging(
     initial: Annotated[float, Option("--initial", help="All coefficients, at first.")] = 0.3,
     steps: Annotated[int, Option("--steps", min=1, help="Of Adam; each takes a batch of every task.")] = 500,
     learning_rate: Annotated[float, Option("--learning-rate", help="Of Adam.")] = 1e-3,
-    batch_size: BatchSize = 16,
     seed: Annotated[int, Option("--seed", min=0, help="Of the order of the data.")] = 0,
     heads: Annotated[
         list[str] | None, Option("--heads", help="Tensors that are not merged, by parts of names. Repeatable.")
@@ -56,10 +64,7 @@ def adamerging(
         list[str] | None, Option("--classes", help="TASK=FIRST-LAST of a head that all tasks share. Repeatable.")
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], Option("--dtype", help="Of the task vectors held.")] = "float32",
-    device: Device = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    local_files_only: LocalOnly = False,
+    **words: Any,
 ) -> None:
     """Learn coefficients of task vectors on data without labels (AdaMerging)."""
     from hf_merge.search.learning import adamerging as learn
@@ -69,10 +74,9 @@ def adamerging(
         raise click.UsageError("--heads names tensors that are not merged, and --merge-heads says to merge them.")
     learnt = learn(
         models, base, dict(_pair(text, "--data TASK=PATH") for text in data), level=level, objective=objective,
-        filtered=filtered, density=density, initial=initial, steps=steps, learning_rate=learning_rate,
-        batch_size=batch_size, seed=seed, heads=[] if merge_heads else heads,
-        classes=dict(_span(text) for text in classes or ()), dtype=dtype, device=device, output=output, token=token,
-        cache_dir=cache_dir, local_files_only=local_files_only,
+        filtered=filtered, density=density, initial=initial, steps=steps, learning_rate=learning_rate, seed=seed,
+        heads=[] if merge_heads else heads, classes=dict(_span(text) for text in classes or ()), dtype=dtype,
+        output=output, **words,
     )  # fmt: skip
     first, last = (f"{learnt.log[i]['loss']:.4f}" for i in (0, -1))
     means = {f"mean_{task}": f"{_mean(found):.4f}" for task, found in learnt.coefficients.items()}
@@ -84,23 +88,17 @@ def adamerging(
     epilog="Examples\n  $ hf-merge search soup org/run-1 org/run-2 org/run-3 --data validation.csv found.yaml\n"
     "  $ hf-merge merge found.yaml merged",
 )
+@shared(_flags)
 def soup(
     models_and_output: SourcesAndOutput,
     data: Annotated[str, Option("--data", help="A file with a column of labels, or a folder of images by label.")],
-    batch_size: BatchSize = 16,
-    device: Device = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    local_files_only: LocalOnly = False,
+    **words: Any,
 ) -> None:
     """Average models of one task, best first, as long as their accuracy does not fall (a greedy soup)."""
     from hf_merge.search.soups import greedy_soup
 
     models, output = _models_and_output(models_and_output)
-    made = greedy_soup(
-        models, data, batch_size=batch_size, device=device, output=output, token=token, cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )  # fmt: skip
+    made = greedy_soup(models, data, output=output, **words)
     taken = ", ".join(map(str, made.recipe.merged))
     out.result("Found", path=output, accuracy=f"{made.score:.4f}", taken=taken, tried=len(made.log))
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from hf_merge.architecture import backbone_of
 from hf_merge.errors import ParameterError
 from hf_merge.search.backbone import place
 from hf_merge.sources import Source
+from hf_merge.sources.module import config_of
 
 
 def find_heads(
@@ -56,11 +58,9 @@ def _matched(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 def _on_top(names: Sequence[str], sources: Sequence[Source], module: Any) -> list[str]:
     """Name heads of one shape: those on top of the backbone that differ, if the labels say that the tasks do."""
-    prefix = getattr(module, "base_model_prefix", "")
-    if not prefix or getattr(module, prefix, None) in (None, module):
-        return []
+    inside = backbone_of(module, config_of(module))
     placed = place(module, names, {name: sources[0].specs[name].shape for name in names if name in sources[0].specs})
-    tops = [name for name, (live, _) in placed.items() if not live.startswith(f"{prefix}.")]
+    tops = [name for name, (live, _) in placed.items() if not inside(live)]
     differing = [name for name in tops
                  if any(not torch.equal(sources[0][name], other[name]) for other in sources[1:])]  # fmt: skip
     if not differing:

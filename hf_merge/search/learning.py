@@ -10,7 +10,6 @@ left is a recipe, by which `hf_merge.merge` writes the weights that were run las
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,15 +23,18 @@ from huggingface_hub.utils import logging, tqdm
 from torch import Tensor, nn
 
 from hf_merge.api import load_recipe, open_recipe
-from hf_merge.errors import ComputeError, MergeError, OutputError, ParameterError, RecipeError, did_you_mean
+from hf_merge.data import Preparation, endless
+from hf_merge.errors import ComputeError, MergeError, ParameterError, did_you_mean
 from hf_merge.execute import with_first_pass
 from hf_merge.method import get_method
 from hf_merge.planning import Plan
 from hf_merge.recipe import Recipe
 from hf_merge.search.backbone import Backbone, Piece
-from hf_merge.search.data import endless
+from hf_merge.search.found import device_of, save_found
 from hf_merge.search.heads import find_heads
 from hf_merge.search.objectives import OBJECTIVES, finite, loss, run
+from hf_merge.search.tasks import data_of, naming, tasks_of
+from hf_merge.search.written import keeping_heads, named, with_weights
 from hf_merge.sources import Source
 from hf_merge.types import InMemory, Ref, Stack
 
@@ -62,17 +64,7 @@ class Learnt:
 
     def save(self, output: str | os.PathLike[str]) -> Path:
         """Write the recipe to a YAML file, and the log beside it as `.jsonl`; return the path of the recipe."""
-        path = Path(output).expanduser()
-        text = self.recipe.to_yaml()
-        if "<" in text and any(isinstance(model, InMemory) for model in self.recipe.references):
-            raise OutputError(
-                "The recipe names models in memory, which no file can: save them, and name their folders."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        path.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
-        return path
+        return save_found(self.recipe, self.log, output)
 
 
 def adamerging(
@@ -111,7 +103,8 @@ def adamerging(
         models: the fine-tunes: a mapping of tasks to models, a list (a task is called as its model, or as the last part
             of its path), or a recipe that names them and the base.
         base_model: the model that they were fine-tuned from.
-        data: for each task examples without labels; see `hf_merge.search.data.batches`.
+        data: for each task examples; labels are not read. A file, a folder of images, a `datasets.Dataset`, or an
+            iterable of rows or batches; see `hf_merge.data.read`.
         level: a coefficient for each tensor and task (`layer`), or for each task.
         objective: `entropy` of the predictions; `kl-to-experts`: be near to what the task's own model predicts, for
             language models and others without classes; `features`: be near to its last hidden states.
@@ -136,32 +129,34 @@ def adamerging(
         The recipe, the coefficients, the losses, and the merged model under every task's head.
 
     Raises:
-        ParameterError: data, coefficients, classes or heads that cannot be meant.
+        ParameterError: coefficients, classes or heads that cannot be meant.
+        DataError: data that cannot be read, is empty, or ends.
         MergeError: as `merge`.
     """
     _check(level, objective, initial, steps, learning_rate, batch_size, batches_per_step, density, dtype)
-    tasks, base = _tasks(models, base_model)
-    given = _data_of(tasks, data)
+    tasks, base = tasks_of(models, base_model)
+    given = data_of(tasks, data)
+    if strangers := [task for task in classes or () if task not in tasks]:
+        raise ParameterError(f"classes= names '{strangers[0]}', and the tasks are {', '.join(tasks)}.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
     draft = _draft(tasks, base, filtered=filtered, density=density, seed=seed, **changes)
-    loaders = {task: partial(_module, ref, hub, where) for task, ref in zip(tasks, draft.merged, strict=True)}
+    refs = dict(zip(tasks, draft.merged, strict=True))
+    loaders = {task: partial(_module, ref, hub, where) for task, ref in refs.items()}
     ready = _prepare(draft, loaders, hub, heads, judge=objective == "entropy", dtype=dtype, where=where)
     backbone = Backbone(ready.pieces, ready.shapes, level)
-    modules, teachers = {}, {}
-    for task, load in loaders.items():  # one after the other, so that there are never two backbones more
-        modules[task] = load()
-        if objective != "entropy":
-            teachers[task] = copy.deepcopy(modules[task])
-        backbone.add(modules[task], ready.own_names[task])
-    _refuse_unplaced(backbone)
-    streams = {task: endless(modules[task], given[task], batch_size, seed + i, name=f"The data of '{task}'")
-               for i, task in enumerate(tasks)}  # fmt: skip
+    modules, teachers = _run_on(backbone, loaders, ready.own_names, taught=objective != "entropy")
+    streams = {
+        task: endless(
+            given[task], modules[task], Preparation(modules[task], ref, **hub), batch_size=batch_size, seed=seed + i,
+            name=naming(task),
+        )
+        for i, (task, ref) in enumerate(refs.items())
+    }  # fmt: skip
     learner = _Learner(backbone, modules, teachers, streams, objective, classes or {}, where)
     coefficients, log = learner.learn(initial, steps, learning_rate, batches_per_step)
-    named = _named(coefficients, backbone, tasks, ready.copies)
-    recipe = _with_weights(ready.recipe, [*named.values()])
-    learnt = Learnt(recipe, named, log, tuple(ready.heads), modules)
+    found = named(coefficients, backbone, tasks, ready.copies)
+    learnt = Learnt(with_weights(ready.recipe, [*found.values()]), found, log, tuple(ready.heads), modules)
     if output is not None:
         learnt.save(output)
     return learnt
@@ -183,50 +178,6 @@ def _check(level: str, objective: str, initial: float, steps: int, rate: float, 
     for name, (value, fits, words_of_range) in {**numbers, **counts}.items():
         if not fits:
             raise ParameterError(f"'{name}' should be {words_of_range}; found {value!r}.")
-
-
-def _tasks(models: Any, base_model: Any) -> tuple[dict[str, Any], Any]:
-    """Name the tasks, each with its model."""
-    if isinstance(models, Recipe) or (
-        isinstance(models, (str, os.PathLike)) and str(models).endswith((".yaml", ".yml", ".json"))
-    ):
-        recipe = Recipe.load(models)
-        if not recipe.models:
-            raise RecipeError("A search takes whole models: the recipe should name them under `models:`.")
-        models, base_model = list(recipe.merged), base_model or recipe.base_model
-    if base_model is None:
-        raise ParameterError("Task vectors are differences to a base: pass base_model=, the model that was fine-tuned.")
-    if isinstance(models, Mapping):
-        return {str(task): model for task, model in models.items()}, base_model
-    if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence):
-        raise ParameterError("Models are a list, a mapping of tasks to models, or a recipe.")
-    whole = [_called(model, i) for i, model in enumerate(models)]
-    short = [name.rstrip("/").rpartition("/")[2] for name in whole]
-    return dict(zip(short if len(set(short)) == len(short) else whole, models, strict=True)), base_model
-
-
-def _called(model: Any, place: int) -> str:
-    if isinstance(model, (str, os.PathLike)) or (hasattr(model, "path") and hasattr(model, "revision")):
-        return str(model)
-    return str(getattr(model, "label", f"model {place}"))
-
-
-def _data_of(tasks: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Find each task's data by its name, or by its model's."""
-    if not isinstance(data, Mapping):
-        raise ParameterError(f"Data is a mapping of tasks to data; the tasks are {', '.join(tasks)}.")
-    whole = {str(model): task for task, model in tasks.items() if isinstance(model, (str, os.PathLike)) or
-             hasattr(model, "path")}  # fmt: skip
-    found: dict[str, Any] = {}
-    for name, one in data.items():
-        task = str(name) if str(name) in tasks else whole.get(str(name))
-        if task is None:
-            raise ParameterError(f"There is data of '{name}', and the tasks are {', '.join(tasks)}."
-                                 f"{did_you_mean(str(name), tasks)}")  # fmt: skip
-        found[task] = one
-    if lacking := [task for task in tasks if task not in found]:
-        raise ParameterError(f"There is no data of '{lacking[0]}': give each task some.")
-    return found
 
 
 def _draft(tasks: Mapping[str, Any], base: Any, *, filtered: bool, density: float, seed: int, **changes: Any) -> Recipe:
@@ -276,7 +227,7 @@ def _prepare(
     experts = [by_model[ref] for ref in draft.merged]
     first = loaders[tasks[0]] if judge and heads is None else lambda: None
     found = find_heads(names, experts, base, heads, module=first())
-    recipe = _keeping(draft, found, [*plan.specs], experts)
+    recipe = keeping_heads(draft, found, [*plan.specs], experts)
     plan, sources = open_recipe(recipe, hub)
     plan.check()
     pieces = _pieces(plan, sources, len(tasks), getattr(torch, dtype), where)
@@ -300,36 +251,7 @@ def _module(ref: Ref, hub: Mapping[str, Any], where: torch.device) -> Any:
         if not isinstance(ref.value, nn.Module):
             raise ParameterError(f"{ref} cannot be run: pass a module, or a folder or Hub id.")
         return copy.deepcopy(ref.value).float().to(where).eval()
-    module = load_recipe([ref], hub, method="passthrough", dtype="float32")
-    module.name_or_path = ref.path  # where its processor lies
-    return module.to(where).eval()
-
-
-def _keeping(draft: Recipe, heads: Sequence[str], names: Sequence[str], experts: Sequence[Source]) -> Recipe:
-    """Say in the recipe that heads stay as they are: as all the models have them, or else as the base has them."""
-    changes: dict[str, Any] = {}
-    if any(name not in source.specs for source in experts for name in names) and draft.missing == "error":
-        changes["missing"] = "base"
-    rules = []
-    for name in heads:
-        alike = all(name in one.specs and torch.equal(one[name], experts[0][name]) for one in experts
-                    if name in experts[0].specs and one.specs.get(name) == experts[0].specs[name])  # fmt: skip
-        alike = alike and all(one.specs.get(name) == experts[0].specs.get(name) for one in experts)
-        kept = draft.merged[0] if alike else draft.base_model
-        rules.append({"pattern": _exactly(name, names), "merge_method": "passthrough", "models": [kept]})
-    data = {key: getattr(draft, key) for key in draft.model_fields_set}
-    return Recipe.load({**data, **changes, "rules": [*rules, *draft.rules]}) if rules or changes else draft
-
-
-def _exactly(name: str, names: Sequence[str]) -> str:
-    """Write a pattern that matches one name and no other."""
-    special = any(letter in name for letter in "*?[")
-    alone = not special and not any(name in other for other in names if other != name)
-    return (
-        name
-        if alone
-        else "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name[:-1]) + f"[{name[-1]}]"
-    )
+    return load_recipe([ref], hub, name=ref.path, method="passthrough", dtype="float32").to(where).eval()
 
 
 def _pieces(plan: Plan, sources: Sequence[Source], count: int, dtype: torch.dtype, where: torch.device) -> list[Piece]:
@@ -360,6 +282,21 @@ def _refuse_nonfinite(name: str, tensors: Sequence[Tensor]) -> None:
         raise ComputeError(f"'{name}' has NaN or Inf in one of the models: nothing can be learnt from it.")
 
 
+def _run_on(
+    backbone: Backbone, loaders: Mapping[str, Callable[[], Any]], own_names: Mapping[str, Mapping[str, str]], *,
+    taught: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Load every task's model onto the shared weights; if `taught`, keep it as it was too, as the teacher."""
+    modules, teachers = {}, {}
+    for task, load in loaders.items():  # one after the other, so that there are never two backbones more
+        modules[task] = load()
+        if taught:
+            teachers[task] = copy.deepcopy(modules[task])
+        backbone.add(modules[task], own_names[task])
+    _refuse_unplaced(backbone)
+    return modules, teachers
+
+
 def _refuse_unplaced(backbone: Backbone) -> None:
     """Tell of tensors that are merged and are in none of the models that run."""
     if not any(tensor.requires_grad for piece in backbone.pieces for tensor, _ in piece.homes):
@@ -377,8 +314,6 @@ class _Learner:
     def __init__(self, backbone: Backbone, modules: Mapping[str, Any], teachers: Mapping[str, Any],
                  streams: Mapping[str, Iterator[Any]], objective: str, classes: Mapping[str, Sequence[int]],
                  where: torch.device):  # fmt: skip
-        if strangers := [task for task in classes if task not in modules]:
-            raise ParameterError(f"classes= names '{strangers[0]}', and the tasks are {', '.join(modules)}.")
         self.backbone, self.modules, self.teachers = backbone, modules, teachers
         self.streams, self.objective, self.classes, self.where = streams, objective, classes, where
 
@@ -400,8 +335,7 @@ class _Learner:
 
     def loss(self, task: str) -> float:
         """Add the gradient of a task's loss on its next batch; return the loss."""
-        batch = {key: value.to(self.where) if isinstance(value, Tensor) else value
-                 for key, value in next(self.streams[task]).items()}  # fmt: skip
+        batch = next(self.streams[task]).to(self.where)
         try:
             with torch.no_grad():
                 wanted = run(self.teachers[task], batch, self.objective) if self.teachers else None
@@ -412,29 +346,3 @@ class _Learner:
         number = finite(found, f"'{task}'")
         found.backward()
         return number
-
-
-def _named(final: Tensor, backbone: Backbone, tasks: Mapping[str, Any], copies: Mapping[str, str]) -> dict[str, Any]:
-    """Name the coefficients of every task."""
-    columns = dict(zip(tasks, final.T.tolist(), strict=True))
-    if backbone.level == "task":
-        return {task: column[0] for task, column in columns.items()}
-    names = [piece.name for piece in backbone.pieces]
-    found = {task: dict(zip(names, column, strict=True)) for task, column in columns.items()}
-    for each in found.values():
-        each.update({alias: each[other] for alias, other in copies.items() if other in each})
-    return found
-
-
-def _with_weights(recipe: Recipe, weights: Sequence[float | Mapping[str, float]]) -> Recipe:
-    """Put coefficients into a recipe: for tensors, as filters by their names."""
-    settings = [_filters(one) if isinstance(one, Mapping) else one for one in weights]
-    entries = [entry.model_copy(update={"parameters": {**entry.parameters, "weight": setting}})
-               for entry, setting in zip(recipe.models, settings, strict=True)]  # fmt: skip
-    return recipe.model_copy(update={"models": tuple(entries)})
-
-
-def _filters(weights: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Write a filter for each tensor; longer names come first, as a filter holds for every name that it is part of."""
-    names = sorted(weights, key=lambda name: (-len(name), name))
-    return [{"filter": name, "value": weights[name]} for name in names]

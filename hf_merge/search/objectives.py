@@ -8,27 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_merge.data import Batch
 from hf_merge.errors import ComputeError, ParameterError
 
 OBJECTIVES = ("entropy", "kl-to-experts", "features")
 
 
-def run(model: nn.Module, batch: Mapping[str, Any], objective: str) -> Any:
+def run(model: nn.Module, batch: Batch, objective: str) -> Any:
     """Run a model on a batch.
 
     Raises:
         ComputeError: it cannot.
     """
-    words = {key: value for key, value in batch.items() if key not in ("labels", "label")}
+    words = dict(batch.inputs)
     try:
-        if "" in batch:
-            return model(batch[""])
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             words = _with_decoder(model, words)
         return model(**words, output_hidden_states=True) if objective == "features" else model(**words)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         told = " ".join(str(error).split())[:300].rstrip(".")
-        raise ComputeError(f"the model does not run on a batch of {', '.join(words) or 'tensors'}: {told}") from error
+        raise ComputeError(f"the model does not run on a batch of {', '.join(words)}: {told}") from error
 
 
 def _with_decoder(model: Any, words: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def _with_decoder(model: Any, words: Mapping[str, Any]) -> dict[str, Any]:
     return {**words, "decoder_input_ids": shifted, **mask}
 
 
-def loss(objective: str, said: Any, expert: Any, batch: Mapping[str, Any], classes: Sequence[int] | None) -> Tensor:
+def loss(objective: str, said: Any, expert: Any, batch: Batch, classes: Sequence[int] | None) -> Tensor:
     """Return the objective on a batch, a mean over its examples or tokens.
 
     Args:
@@ -89,16 +88,16 @@ def _last_hidden(said: Any) -> Tensor:
     raise ComputeError(f"a {type(said).__name__} shows no hidden states: choose another objective")
 
 
-def _mean_square(found: Tensor, wanted: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def _mean_square(found: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
     """The squared distance as a share of the expert's own variance, so that widths and scales do not matter."""
     spread = (wanted - wanted.mean()).square().mean().clamp_min(1e-12)
     return _mean((found - wanted).square().flatten(2).mean(-1) if found.dim() > 2 else
                  (found - wanted).square().mean(-1), batch) / spread  # fmt: skip
 
 
-def _mean(each: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def _mean(each: Tensor, batch: Batch) -> Tensor:
     """Average over examples, or over those tokens that are no padding."""
-    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    mask = batch.inputs.get("decoder_attention_mask", batch.inputs.get("attention_mask"))
     if isinstance(mask, Tensor) and each.shape == mask.shape:
         weight = mask.to(each.dtype)
         return (each * weight).sum() / weight.sum().clamp_min(1)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 
 from hf_merge.api import load_recipe
-from hf_merge.errors import ComputeError, OutputError, ParameterError
+from hf_merge.data import Data, Preparation, labelled_batches, read
+from hf_merge.errors import ComputeError, DataError, ParameterError
 from hf_merge.recipe import Recipe
-from hf_merge.search.data import batches
-from hf_merge.types import InMemory, Ref
+from hf_merge.search.found import device_of, is_recipe, save_found
+from hf_merge.types import Ref
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,7 @@ class Soup:
 
     def save(self, output: str | os.PathLike[str]) -> Path:
         """Write the recipe to a YAML file, and the log beside it as `.jsonl`; return the path of the recipe."""
-        if any(isinstance(model, InMemory) for model in self.recipe.references):
-            raise OutputError(
-                "The recipe names models in memory, which no file can: save them, and name their folders."
-            )
-        path = Path(output).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.recipe.to_yaml(), encoding="utf-8")
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        path.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
-        return path
+        return save_found(self.recipe, self.log, output)
 
 
 def greedy_soup(
@@ -77,26 +67,29 @@ def greedy_soup(
         **changes: of the recipe: `missing=`, `dtype=`, ...
 
     Raises:
-        ParameterError: fewer than two models, or data that cannot be used.
+        ParameterError: fewer than two models.
+        DataError: data that cannot be used.
         ComputeError: a score that is no number.
         MergeError: as `merge`.
     """
-    if isinstance(models, Recipe) or (
-        isinstance(models, (str, os.PathLike)) and str(models).endswith((".yaml", ".yml", ".json"))
-    ):
+    if is_recipe(models):
         models = list(Recipe.load(models).merged)
     if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence) or len(models) < 2:
         raise ParameterError("A soup is made of at least two models: give a list of them, or a recipe.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
+    data = None if callable(evaluate) else read(evaluate)
+    if isinstance(data, Iterator):
+        raise DataError("Data for a soup is gone through once for each model: give a list, a loader or files.")
     refs = list(Recipe.load(list(models), method="linear", **changes).merged)
 
     def scored(chosen: Sequence[Ref]) -> float:
-        model = load_recipe(list(chosen), hub, method="linear", **changes).to(where).eval()
-        first = chosen[0]
-        model.name_or_path = getattr(first, "path", None) or getattr(getattr(first, "value", None), "name_or_path", "")
-        score = evaluate(model) if callable(evaluate) else accuracy(model, evaluate, batch_size=batch_size)
-        return _number(score, chosen)
+        place = getattr(chosen[0], "path", None) or getattr(getattr(chosen[0], "value", None), "name_or_path", "")
+        model = load_recipe(list(chosen), hub, name=place, method="linear", **changes).to(where).eval()
+        if data is None:
+            return _number(evaluate(model), chosen)
+        prepare = Preparation(model, chosen[0], **hub)
+        return _accuracy(model, labelled_batches(data, model, batch_size=batch_size, prepare=prepare))
 
     log: list[dict[str, Any]] = []
     alone = {}
@@ -129,35 +122,30 @@ def _number(score: Any, chosen: Sequence[Ref]) -> float:
     return found
 
 
-@torch.inference_mode()
 def accuracy(model: Any, data: Any, *, batch_size: int = 16, classes: Sequence[int] | None = None) -> float:
     """Return the share of examples of which a classifier finds the label.
 
     Args:
         model: the classifier.
-        data: with labels; see `hf_merge.search.data.batches`.
+        data: with labels; see `hf_merge.data.labelled_batches`.
         batch_size: of examples.
         classes: of a head that several tasks share, those that may be guessed.
 
     Raises:
-        ParameterError: data without labels, or with labels that the model does not have.
+        DataError: data without labels, or with labels that the model does not have.
     """
+    return _accuracy(model, labelled_batches(data, model, batch_size=batch_size), classes)
+
+
+@torch.inference_mode()
+def _accuracy(model: Any, data: Data, classes: Sequence[int] | None = None) -> float:
     right = seen = 0
     device = next(model.parameters()).device
-    for batch in batches(model, data, batch_size, None, labels=True):
-        ready: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
-        labels: Any = ready.pop("labels", ready.pop("label", None))
-        if not isinstance(labels, Tensor):
-            raise ParameterError("The data has no labels: batches need 'labels'.")
-        logits = model(**ready).logits
-        if bool((labels < 0).any()) or bool((labels >= logits.shape[-1]).any()):
-            raise ParameterError(
-                f"The data has labels from {int(labels.min())} to {int(labels.max())}, and the model has "
-                f"{logits.shape[-1]} classes, 0 to {logits.shape[-1] - 1}."
-            )
+    for batch in (one.to(device) for one in data):
+        logits = model(**batch.inputs).logits
         if classes is not None:
             guesses = torch.tensor(list(classes), device=device)[logits[..., list(classes)].argmax(-1)]
         else:
             guesses = logits.argmax(-1)
-        right, seen = right + int((guesses == labels).sum()), seen + labels.numel()
+        right, seen = right + int((guesses == batch.labels).sum()), seen + guesses.numel()
     return right / seen

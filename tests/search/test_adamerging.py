@@ -39,9 +39,9 @@ from transformers import (
 import hf_merge
 from hf_merge import recipe as recipes
 from hf_merge import search
-from hf_merge.errors import ComputeError, MergeError, OutputError, ParameterError
+from hf_merge.errors import ComputeError, DataError, MergeError, OutputError, ParameterError
 from hf_merge.search.backbone import Backbone, Piece
-from hf_merge.search.learning import _with_weights
+from hf_merge.search.written import with_weights
 from tests.conftest import GOLDEN, make_tokenizer
 
 PAPERS = GOLDEN / "papers"
@@ -399,7 +399,7 @@ def test_adapters_on_their_base_are_models_too(llamas, texts, tmp_path):
 def test_recipes_name_tensors_whose_names_hold_one_another():
     recipe = hf_merge.Recipe.load(["x", "y"], method="task_arithmetic", base_model="b")
     weights = {"head.weight": 0.1, "lm_head.weight": 0.2, "weight": 0.3}
-    made = _with_weights(recipe, [weights, 0.5])
+    made = with_weights(recipe, [weights, 0.5])
     base, model = ({name: torch.full((1,), value) for name in weights} for value in (0.0, 1.0))
     entries = [{"model": recipes.in_memory(one, label), "parameters": entry.parameters}
                for label, one, entry in zip("xy", (model, {**base}), made.models, strict=True)]  # fmt: skip
@@ -425,7 +425,6 @@ def ask(vits, **changes):
         ({"data": None}, "the tasks are a, b"),
         ({"data": {"a": []}}, "no data of 'b'"),
         ({"data": {"a": [], "bb": []}}, "Did you mean 'b'"),
-        ({"data": {"a": [], "b": []}}, "is empty"),
         ({"steps": 0}, "'steps' should be at least 1"),
         ({"initial": 1.5}, "'initial' should be in"),
         ({"learning_rate": math.nan}, "'learning_rate'"),
@@ -522,9 +521,16 @@ def test_tensors_are_found_wherever_they_lie_in_the_model(kind, tmp_path):
     assert all("running" in name for name in unlearnt) and bool(unlearnt) == (kind == "buffers")
 
 
+def test_data_that_is_empty_or_not_there_is_told(vits):
+    with pytest.raises(DataError, match="The data of 'a' is empty"):
+        ask(vits, data={"a": [], "b": []})
+    with pytest.raises(DataError, match=r"The data of 'b': there is nothing at .*none\.csv"):
+        ask(vits, models=["no model", "b"], data={"no model": [], "b": vits / "none.csv"})  # before models are opened
+
+
 def test_an_iterator_that_ends_is_told(vits):
     images = {task: iter([{"pixel_values": torch.zeros(2, 3, 16, 16)}]) for task in "ab"}
-    with pytest.raises(ParameterError, match="ended before the last step"):
+    with pytest.raises(DataError, match="ended before the last step"):
         ask(vits, data=images)
 
 
@@ -539,11 +545,10 @@ def test_models_in_memory_are_no_recipe_on_disk(vits, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_the_demos_models_it_beats_the_average_and_task_arithmetic(tmp_path):
+def test_on_the_demos_models_it_beats_the_average_and_task_arithmetic(demo_run):
     from hf_merge import demo
 
-    demo.run_demo(tmp_path)
-    folder, tasks = tmp_path / "models", list(demo.TASKS)
+    folder, tasks = demo_run / "models", list(demo.TASKS)
     images = {task: demo._images(task, 512, torch.Generator().manual_seed(77 + i))[0] for i, task in enumerate(tasks)}
     learnt = search.adamerging(
         [folder / task for task in tasks], folder / "base",
@@ -553,5 +558,5 @@ def test_on_the_demos_models_it_beats_the_average_and_task_arithmetic(tmp_path):
     )  # fmt: skip
     tests = {task: demo._images(task, 400, demo._generator(0, "test")) for task in tasks}
     found = demo._row("found", hf_merge.from_pretrained(learnt.recipe), tests).average
-    others = [demo._row(m, demo._load(tmp_path / "merges" / m), tests).average for m in ("linear", "task_arithmetic")]
+    others = [demo._row(m, demo._load(demo_run / "merges" / m), tests).average for m in ("linear", "task_arithmetic")]
     assert found > max(others) + 0.02

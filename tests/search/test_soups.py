@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import hf_merge
 from hf_merge import search
-from hf_merge.errors import ComputeError, ParameterError
+from hf_merge.errors import ComputeError, DataError, ParameterError
 
 
 def norm_weight(model):
@@ -68,23 +68,23 @@ def test_labels_in_a_file_through_the_command_line(runs, tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("text,label\ngood,2\n", "has the label '2', and the model has 2 classes, 0 to 1"),
+        ("text,label\ngood,2\n", "has the label 2, and the model has the classes 0 to 1"),
         ("text,label\ngood,maybe\n", "has the label 'maybe'"),
         ("text\ngood\n", "has no labels"),
         ("text,label\n", "is empty"),
-        ("one,two\nx,y\n", "call one of them 'text'"),
+        ("one,two\nx,y\n", "call the input 'text'"),
     ],
 )
 def test_labels_that_are_no_labels_are_refused(runs, tmp_path, text, told):
     (tmp_path / "data.csv").write_text(text)
-    with pytest.raises(ParameterError, match=told):
+    with pytest.raises(DataError, match=told):
         search.greedy_soup([runs / "a", runs / "b"], tmp_path / "data.csv", device="cpu")
 
 
 def test_batches_with_labels_out_of_range_are_refused(runs):
     model = BertForSequenceClassification.from_pretrained(runs / "a")
     batch = {"input_ids": torch.tensor([[2, 5, 3]]), "labels": torch.tensor([4])}
-    with pytest.raises(ParameterError, match="labels from 4 to 4, and the model has 2 classes"):
+    with pytest.raises(DataError, match="the label 4, and the model has the classes 0 to 1"):
         search.accuracy(model, [batch])
 
 
