@@ -10,6 +10,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,10 @@ class Account:
 
     def environment(self, token: str | None, *, xet: bool | None = None, **more: str) -> dict[str, str]:
         """Return what a process needs to take this Hub for the Hub; `xet` goes before that of the account."""
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
-        proxies = {key for key in clean if key.lower().endswith("_proxy")}
-        kept = {key: value for key, value in clean.items() if key not in proxies}
         lfs = "0" if (self.xet if xet is None else xet) else "1"
         hub = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": lfs}
-        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
         secret = {"HF_TOKEN": token} if token else {}
-        return {**kept, "NO_PROXY": "127.0.0.1,localhost", **hub, **quiet, **path, **secret, **more}
+        return {**clean_environment(), **hub, **secret, **more}
 
     def run(
         self, *words: Any, token: str | None = None, xet: bool | None = None, **more: str
@@ -129,6 +125,15 @@ def error_line(stderr: str) -> str:
     return re.sub("\x1b\\[[0-9;]*m", "", stderr).strip().splitlines()[-1]
 
 
+def clean_environment() -> dict[str, str]:
+    """Return the environment of a process that knows nothing of a Hub, and asks no proxy for what is on loopback."""
+    names = [name for name in os.environ if not name.startswith(("HF_", "HUGGING_FACE"))]
+    kept = {name: os.environ[name] for name in names if not name.lower().endswith("_proxy")}
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    return {**kept, "NO_PROXY": "127.0.0.1,localhost", **quiet, **path}
+
+
 @pytest.fixture(scope="session")
 def running_hub() -> Iterator[Hub]:
     """One server for all tests of a worker."""
@@ -136,19 +141,26 @@ def running_hub() -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture
-def hub(running_hub: Hub) -> Iterator[Hub]:
-    """The server; no fault and no switch outlives a test.
+@contextmanager
+def one_test(running: Hub) -> Iterator[None]:
+    """Let no fault and no switch outlive a test.
 
-    No client may ask it what it does not know, and none may show its token to the CDN.
+    No client may ask the Hub what it does not know, and none may show its token to the CDN.
     """
-    before = len(running_hub.log)
-    yield running_hub
-    running_hub.faults.clear()
-    running_hub.switches = Switches()
-    seen = running_hub.log[before:]
+    before = len(running.log)
+    yield
+    running.faults.clear()
+    running.switches = Switches()
+    seen = running.log[before:]
     assert not [each for each in seen if each.status == UNKNOWN]
     assert not [each for each in seen if each.path.startswith("/cdn/") and each.authorized]
+
+
+@pytest.fixture
+def hub(running_hub: Hub) -> Iterator[Hub]:
+    """The server, for one test."""
+    with one_test(running_hub):
+        yield running_hub
 
 
 # Runs a test twice, with clients that speak LFS and with clients that speak Xet.

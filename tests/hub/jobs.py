@@ -113,7 +113,8 @@ class Jobs:
     def _namespace(self, request: Request) -> str:
         """Return the namespace of a path; only who may write there may ask."""
         namespace = request.path_params["ns"]
-        require_write(namespace, self.hub.token(request))
+        if require_write(namespace, self.hub.token(request)).app is not None:
+            raise HubError(403, "", "The app may not run jobs for its user")
         return namespace
 
     def _job(self, request: Request) -> Job:

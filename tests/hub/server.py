@@ -28,6 +28,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tests.hub.jobs import Endpoint, Jobs
+from tests.hub.listing import brief, matching, visible_models
+from tests.hub.openid import OpenID
 from tests.hub.store import (
     DATE,
     LARGE,
@@ -82,6 +84,7 @@ class Hub:
             send a token of the Hub.
         store: what it holds; tests may look at it and change it.
         xet: the Xet storage.
+        openid: where users sign in to apps.
         log: every request.
         faults: how requests are to fail.
         switches: what tests may change.
@@ -92,11 +95,13 @@ class Hub:
     log: list[Seen] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     switches: Switches = field(default_factory=Switches)
+    openid: OpenID = field(init=False)
     url: str = ""
     cdn: str = ""
     secret: bytes = b"0"
 
     def __post_init__(self) -> None:
+        self.openid = OpenID(self)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK
         port = self._socket.getsockname()[1]
@@ -111,7 +116,9 @@ class Hub:
     def token(self, request: Request) -> Token | None:
         """Return what a request may do."""
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return self.store.token(bearer or None)
+        token = self.store.token(bearer or None)
+        request.scope["seen"].user = token.user if token else None
+        return token
 
     def xet_token(self, address: str) -> Response:
         """Answer with the right to use a storage, in headers."""
@@ -167,12 +174,14 @@ def application(hub: Hub) -> ASGIApp:
         ("POST", "/api/validate-yaml", api.validate_yaml),
         ("POST", "/api/repos/create", api.create),
         ("DELETE", "/api/repos/delete", api.delete),
+        ("GET", "/api/models", api.models),
         ("GET", "/api/models/{name}", api.info),
         ("GET", "/api/models/{name}/revision/{rev}", api.info),
         *(route for kind in ("models", "datasets", "spaces") for route in _repo_routes(api, kind)),
         ("GET", "/cdn/{ns}/{name}/{oid}/{path:path}", api.cdn),
         ("PUT", "/cdn/{ns}/{name}/{oid}", api.large_put),
         *jobs.routes(),
+        *hub.openid.routes(),
     ]
     made = [Route(path, answer, methods=[method]) for method, path, answer in routes]
     everything = ["GET", "POST", "PUT", "DELETE", "PATCH"]
@@ -249,7 +258,8 @@ class Api:
             raise HubError(401, "", "Invalid username or password.")
         access = {"displayName": "test", "role": "write" if token.write else "read"}
         user = {"type": "user", "id": token.user, "name": token.user, "fullname": token.user, "orgs": []}
-        return JSONResponse({**user, "auth": {"type": "access_token", "accessToken": access}})
+        auth = {"type": "oauth"} if token.app else {"type": "access_token", "accessToken": access}
+        return JSONResponse({**user, "avatarUrl": f"{self.url}/avatars/{token.user}.svg", "auth": auth})
 
     async def harnesses(self, _: Request) -> Response:
         """Which programs may drive a command line; every one that huggingface_hub makes asks for it once a day."""
@@ -282,6 +292,12 @@ class Api:
         token = self.hub.token(request)
         self.store.delete(_wanted(await request.json(), token), token)
         return JSONResponse({})
+
+    async def models(self, request: Request) -> Response:
+        seen = visible_models(self.store, self.hub.token(request))
+        found = matching((_info(repo, repo.commit("main"), blobs=False) for repo in seen), request.query_params)
+        told = [brief(each, request.query_params) for each in found[: int(request.query_params.get("limit", 1000))]]
+        return self.hub.page(request, told)
 
     async def info(self, request: Request) -> Response:
         repo, commit = self.readable(request)
@@ -353,6 +369,8 @@ class Api:
         """Return what a commit goes to: all may open a pull request and add to it, else it needs the right to write."""
         token = self.hub.token(request)
         if token is None or not token.write:
+            return self.writable(request)
+        if token.app is not None:  # to open pull requests is a right of its own
             return self.writable(request)
         repo, revision = self.store.readable(_id(request), token), _revision(request)
         own = [each.ref for each in repo.discussions if each.pull_request and each.author == token.user]
@@ -432,7 +450,7 @@ class Api:
     async def discuss(self, request: Request) -> Response:
         token = self.hub.token(request)
         repo = self.store.readable(_id(request), token)
-        if token is None or not token.write:
+        if token is None or not token.write or token.app is not None:
             raise HubError(403, "", "A token with the right to write is needed")
         body = await request.json()
         return JSONResponse({"num": repo.discuss(body["title"], token.user, bool(body.get("pullRequest"))).num})
@@ -459,7 +477,7 @@ class Api:
         token = self.hub.token(request)
         if token is None or not token.write:
             raise HubError(403, "", "A token with the right to write is needed")
-        self.store.readable(_id(request), token)
+        (self.store.readable if token.app is None else self.store.writable)(_id(request), token)
 
     async def large_batch(self, request: Request) -> Response:
         self._sender(request)
@@ -561,7 +579,7 @@ def _info(repo: Repo, commit: Commit, blobs: bool) -> dict[str, Any]:
     return {
         **(space if repo.kind == "spaces" else {}),
         "id": repo.id, "modelId": repo.id, "author": repo.namespace, "sha": commit.sha, "private": repo.private,
-        "gated": "auto" if repo.gated else False, "disabled": False, "downloads": 0, "likes": 0,
+        "gated": "auto" if repo.gated else False, "disabled": False, "downloads": repo.downloads, "likes": 0,
         "createdAt": DATE, "lastModified": DATE, "tags": tags, "cardData": card, "config": config(commit),
         "library_name": card.get("library_name"), "pipeline_tag": card.get("pipeline_tag"), "spaces": [],
         "siblings": [_sibling(path, blob, blobs) for path, blob in sorted(commit.files.items())],

@@ -24,10 +24,19 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Token:
-    """What a request may do: whose it is, and whether it may write."""
+    """What a request may do.
+
+    Attributes:
+        user: whose it is.
+        write: whether it may write.
+        app: to which app the user has given it, by signing in there; None: to nobody.
+        scopes: what such an app may do for the user.
+    """
 
     user: str
     write: bool
+    app: str | None = None
+    scopes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ class Repo:
     Attributes:
         kind: `models`, `datasets` or `spaces`.
         sdk: what a Space is made with.
+        app: the app that has made it for a user, if one has.
+        downloads: how often it was; the order of a search.
         gated: only users of `granted` may read its files.
         refs: full name of a branch, tag or pull request -> its commit.
     """
@@ -122,6 +133,8 @@ class Repo:
     discussions: list[Discussion] = field(default_factory=list)
     kind: str = "models"
     sdk: str | None = None
+    app: str | None = None
+    downloads: int = 0
 
     @classmethod
     def new(cls, repo_id: str, author: str, private: bool = False, kind: str = "models") -> Repo:
@@ -225,14 +238,24 @@ class Store:
     def repo(self, repo_id: str, token: Token | None) -> Repo:
         """Return a repository that the token may see; a hidden one looks like a missing one."""
         repo = self.repos.get(repo_id)
-        if repo is None or (repo.private and (token is None or token.user != repo.namespace)):
+        if repo is None or not self.sees(repo, token):
             raise HubError(401 if token is None else 404, "RepoNotFound", "Repository not found")
         return repo
+
+    def sees(self, repo: Repo, token: Token | None) -> bool:
+        """Say whether a repository is there for a token; for an app, the private ones that it has made."""
+        if not repo.private:
+            return True
+        if token is None or token.user != repo.namespace:
+            return False
+        return token.app in (None, repo.app) or "read-repos" in token.scopes
 
     def readable(self, repo_id: str, token: Token | None) -> Repo:
         """Return a repository whose files the token may read."""
         repo = self.repo(repo_id, token)
         user = token.user if token else None
+        if token and token.app and "gated-repos" not in token.scopes:
+            user = None
         if repo.gated and user != repo.namespace and user not in repo.granted:
             page = f"Access to model {repo_id} is restricted. You must have access to it and be authenticated."
             raise HubError(401 if token is None else 403, "GatedRepo", page)
@@ -241,7 +264,9 @@ class Store:
     def writable(self, repo_id: str, token: Token | None) -> Repo:
         """Return a repository that the token may change."""
         repo = self.repo(repo_id, token)
-        require_write(repo.namespace, token)
+        writer = require_write(repo.namespace, token)
+        if writer.app not in (None, repo.app):
+            raise HubError(403, "", f"The app has not made '{repo_id}', and may not change it")
         return repo
 
     def create(self, repo_id: str, token: Token | None, private: bool = False) -> Repo:
@@ -251,6 +276,7 @@ class Store:
         if repo_id in self.repos:
             raise HubError(409, "", f"You already created this {kind[:-1]} repo")
         self.repos[repo_id] = Repo.new(plain, writer.user, private, kind)
+        self.repos[repo_id].app = writer.app
         return self.repos[repo_id]
 
     def delete(self, repo_id: str, token: Token | None) -> None:

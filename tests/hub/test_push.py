@@ -113,6 +113,7 @@ def test_no_more_than_two_shards_lie_on_the_disk_and_the_bytes_are_those_of_a_lo
         """
         import os, threading, time, torch, hf_merge
         from contextlib import suppress
+        from hf_merge import execute
         from pathlib import Path
         os.chdir(work)
         seen, stop, folder = [], threading.Event(), Path(f".{org}--m.hf_merge")
@@ -125,6 +126,7 @@ def test_no_more_than_two_shards_lie_on_the_disk_and_the_bytes_are_those_of_a_lo
         watcher = threading.Thread(target=watch)
         watcher.start()
         torch.set_num_threads(workers)
+        execute.WORTH_A_THREAD = 0
         hf_merge.merge(models, push_to_hub=f"{org}/m", method="linear", max_shard_size=shards)
         stop.set()
         watcher.join()

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.e2e
 
 @both_ways
 def test_a_folder_goes_up_and_comes_back(account: Account, llamas, xet):
+    content = (llamas["a"] / "model.safetensors").read_bytes()
+    is_known = hashlib.sha256(content).hexdigest() in account.hub.store.large  # another test may have pushed it
     got = account.python(
         """
         from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
@@ -43,7 +45,6 @@ def test_a_folder_goes_up_and_comes_back(account: Account, llamas, xet):
     )
     assert got["who"] == account.name and got["url"] == f"{account.name}/m" and got["same"]
     assert got["card"] == "org/base" and {"merge", "base_model:org/base"} <= set(got["tags"]) and got["type"] == "llama"
-    content = (llamas["a"] / "model.safetensors").read_bytes()
     with open(got["weights"], "rb") as file:
         assert file.read() == content
     assert got["snapshot"].endswith(got["sha"])
@@ -55,7 +56,7 @@ def test_a_folder_goes_up_and_comes_back(account: Account, llamas, xet):
     large = {
         kind: len(account.seen(*kind)) for kind in (("PUT", "/cdn/"), ("GET", "/cdn/"), ("GET", "/xet-read-token/"))
     }
-    assert list(large.values()) == ([0, 0, 1] if xet else [1, 1, 0])
+    assert list(large.values()) == ([0, 0, 1] if xet else [0 if is_known else 1, 1, 0])
     assert len(account.seen("GET", "/resolve/")) == len(got["files"]) - xet
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -21,6 +23,7 @@ class Seen:
 
     Attributes:
         authorized: whether there was an Authorization header; no header is kept.
+        user: whose token it was.
         body: what a request of JSON said; of lines of JSON a list.
         status: what the client was told; of a request that was carried out `twice`, the failure.
         sent: bytes of the answer's body.
@@ -32,6 +35,7 @@ class Seen:
     range: str | None
     agent: str
     authorized: bool = False
+    user: str | None = None
     body: Any = None
     status: int = 0
     sent: int = 0
@@ -48,9 +52,10 @@ class Fault:
 
     Attributes:
         kind: `error` answers `status` and does nothing. `forbidden` refuses as the Hub refuses a token without the
-            right to write (403). `hang` waits `seconds` first. `twice` carries the request out and answers `status`,
-            so that a client that repeats it meets what it did. `cut` carries it out and closes the connection after
-            `after` bytes of the answer's body, if it has one. `short` sends `after` bytes and says that this is all.
+            right to write (403). `hang` waits `seconds` first, or until `over` is set. `twice` carries the request
+            out and answers `status`, so that a client that repeats it meets what it did. `cut` carries it out and
+            closes the connection after `after` bytes of the answer's body, if it has one. `short` sends `after` bytes
+            and says that this is all.
         path: a pattern that is searched in the path.
         method: only requests of this method; None means any.
         first, last: which of the requests that match; the first is 1, and no last means all later ones.
@@ -65,7 +70,14 @@ class Fault:
     status: int = 500
     seconds: float = 5
     after: int = 0
+    over: threading.Event | None = None
     matched: int = 0
+
+    async def wait(self) -> None:
+        """Let a request hang."""
+        end = time.monotonic() + self.seconds
+        while (left := end - time.monotonic()) > 0 and not (self.over and self.over.is_set()):
+            await asyncio.sleep(min(left, 0.02) if self.over else left)
 
     def strikes(self, method: str, path: str) -> bool:
         """Count the request if it matches, and say whether it fails."""
@@ -113,12 +125,13 @@ class Watch:
         query, agent, known = scope["query_string"].decode(), headers.get("user-agent", ""), "authorization" in headers
         seen = Seen(scope["method"], unquote(path), query, headers.get("range"), agent, known)
         self.log.append(seen)
+        scope["seen"] = seen
         if "json" in headers.get("content-type", ""):
             receive, seen.body = await _read(receive, lines="ndjson" in headers["content-type"])
         struck = [fault for fault in self.faults if fault.strikes(seen.method, seen.path)]
         for fault in struck:
             if fault.kind == "hang":
-                await asyncio.sleep(fault.seconds)
+                await fault.wait()
         try:
             await self._answered(scope, receive, _counted(send, seen, struck), struck)
         except Cut:
