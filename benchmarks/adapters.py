@@ -1,36 +1,35 @@
 """Compare what is done with LoRA adapters with PEFT and with dense matrices.
 
-    python -m benchmarks.adapters --size 1.1B --runs 3
-
-Three tables: how far weighted sums of adapters are from the exact sum, beside PEFT's `add_weighted_adapter`; merging in
-core space beside an SVD of the dense sum; and an adapter merged into its base beside PEFT's load, merge_and_unload,
-save. Runs alternate, ratios are taken run by run, medians are shown.
+Three tables: an adapter merged into its base beside PEFT's load, merge_and_unload, save; merging in core space beside
+an SVD of the dense sum; and how far weighted sums of adapters are from the exact sum, beside PEFT's
+`add_weighted_adapter`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.__main__ import table
-from benchmarks.checkpoints import SIZES, checkpoints, llama_config, llama_shapes
-from benchmarks.processes import Run, run_floor, run_python
+from benchmarks.cases import OURS, PEFT, Case, Way, import_torch, measure_cases, python_imports
+from benchmarks.checkpoints import llama_shapes
+from benchmarks.goals import ADAPTER, CORE, told
+from benchmarks.options import Options
+from benchmarks.peers import copy_way, removing
+from benchmarks.processes import run_command, run_python
+from benchmarks.report import Section
+from benchmarks.tables import case_table, table
 
 SUM_COLUMNS = ("relative error of", "alpha = r", "alpha = 4 r", "rsLoRA")
-CORE_COLUMNS = ("4 adapters of rank 16 to rank 16", "core s", "dense SVD s", "dense / core", "difference")
-BASE_COLUMNS = ("adapter into its base", "wall s", "anon MB", "anon / model", "wall / ours", "wall / floor")
+CORE_COLUMNS = ("4 adapters of rank 16 to rank 16", "core s", "dense SVD s", "dense / core", "difference", "goal")
 RANK, COUNT = 16, 4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_OURS = "import hf_merge, sys; hf_merge.merge([sys.argv[1] + '+' + sys.argv[2]], sys.argv[3], method='passthrough')"
 _PEFT = """
 import sys
 from peft import PeftModel
@@ -38,32 +37,18 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 """
-_READY = {"hf_merge": "import hf_merge.api", "PEFT": "import peft, transformers.models.llama.modeling_llama"}
 
 
-def main(arguments: Sequence[str] | None = None) -> str:
-    """Run the benchmark; return the Markdown that was printed."""
-    parser = argparse.ArgumentParser("python -m benchmarks.adapters", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="1.1B", help="of the base, in bfloat16")
-    parser.add_argument("--hidden", type=int, help="its width instead, a multiple of 8")
-    parser.add_argument("--layers", type=int, help="its number of layers instead")
-    parser.add_argument("--widths", type=int, nargs="*", default=[1024, 2048], help="of the modules that are merged")
-    parser.add_argument("--runs", type=int, default=3, help="of every row")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "hf_merge_benchmarks"),
-                        help="for the base, which later calls use again, and for outputs")  # fmt: skip
-    options = parser.parse_args(arguments)
-    hidden, layers = SIZES[options.size]
-    shape = options.hidden or hidden, options.layers or layers
-    options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        tables = [
-            table(SUM_COLUMNS, sum_rows(Path(scratch))),
-            table(CORE_COLUMNS, [core_cells(width, options.runs) for width in options.widths]),
-            table(BASE_COLUMNS, base_rows(options.folder, Path(scratch), shape, options.runs)),
-        ]
-    text = "\n\n".join(tables)
-    print(text)
-    return text
+def adapter(options: Options, scratch: Path) -> list[Section]:
+    """LoRA adapters into a large base beside PEFT, with each other, and their sums beside PEFT's."""
+    case = _base_case(options, scratch)
+    measure_cases([case], options)
+    tables = [
+        case_table([case], cold=options.cold),
+        table(CORE_COLUMNS, [core_cells(width, options) for width in options.sizes.widths]),
+        table(SUM_COLUMNS, sum_rows(scratch)),
+    ]
+    return [Section("Adapters", tables, [case])]
 
 
 def sum_rows(scratch: Path) -> list[list[str]]:
@@ -123,7 +108,7 @@ def _error(found: Any, exact: Any) -> str:
     return f"{float((found.double() - exact).norm() / exact.norm()):.1e}"
 
 
-def core_cells(width: int, runs: int) -> list[str]:
+def core_cells(width: int, options: Options) -> list[str]:
     """Merge the factors of one square module, and beside that decompose the dense sum of the changes."""
     import torch
 
@@ -142,55 +127,40 @@ def core_cells(width: int, runs: int) -> list[str]:
         u, s, vh = torch.linalg.svd(torch.stack([b @ a for b, a in pairs]).mean(0), full_matrices=False)
         return u[:, :RANK] * s[:RANK], vh[:RANK]
 
-    times = _alternate(runs, small, dense)
-    (left, right), (u, vh) = small(), dense()
+    small()  # warms up
+    fast, slow = [], []
+    for number in range(max(options.runs, options.peer_runs)):
+        fast += [_timed(small)] if number < options.runs else []
+        slow += [_timed(dense)] if number < options.peer_runs else []
+    (left, right), (u, vh) = fast[0][1], slow[0][1]
     difference = (left @ right - (u @ vh).double()).norm() / (u @ vh).norm()
-    return [f"{width} x {width}", *_seconds(times), f"{difference:.0e}"]
+    ratio = median(other / own for (own, _), (other, _) in zip(fast, slow, strict=False))
+    goal = CORE.get(width)
+    verdict = told(ratio >= goal, f"{ratio:.0f} x, at least {goal:g}") if goal else "-"
+    seconds = [f"{median(taken for taken, _ in times):.4f}" for times in (fast, slow)]
+    return [f"{width} x {width}", *seconds, f"{ratio:.3g}", f"{difference:.0e}", verdict]
 
 
-def _alternate(runs: int, one: Callable[[], Any], other: Callable[[], Any]) -> list[tuple[float, float]]:
-    one()  # warms up
-    return [(_timed(one), _timed(other)) for _ in range(runs)]
-
-
-def _timed(work: Callable[[], Any]) -> float:
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of some work, and what it gives."""
     begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+    done = work()
+    return time.perf_counter() - begin, done
 
 
-def _seconds(times: Sequence[tuple[float, float]]) -> list[str]:
-    each = [median(pair[i] for pair in times) for i in (0, 1)]
-    return [*(f"{seconds:.4f}" for seconds in each), f"{median(b / a for a, b in times):.0f}"]
-
-
-def base_rows(folder: Path, scratch: Path, shape: tuple[int, int], runs: int) -> list[list[str]]:
-    """Merge an adapter of all linear modules into a base, in fresh processes; memory counts from the imports'."""
-    base = checkpoints(folder / f"llama-{shape[0]}x{shape[1]}", llama_shapes(*shape), 1, llama_config(*shape))[0]
-    adapter = _adapter(scratch / "adapter", base, shape)
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    codes = {"hf_merge": _OURS, "PEFT": _PEFT}
-    footprint = {name: median(run_python(code).anonymous for _ in range(runs)) for name, code in _READY.items()}
-    found: dict[str, list[Run]] = {name: [] for name in codes}
-    floors = [run_floor([base], scratch / "floor")]
-    for number in range(runs):
-        for name, code in codes.items():
-            print(f"run {number + 1}/{runs}: {name}", file=sys.stderr)
-            found[name].append(run_python(code, str(base), str(adapter), str(scratch / "out")))
-            shutil.rmtree(scratch / "out")
-        floors.append(run_floor([base], scratch / "floor"))
-    ours = found["hf_merge"]
-    return [
-        [
-            name,
-            f"{median(run.wall for run in done):.2f}",
-            f"{(memory := median(run.anonymous for run in done) - footprint[name]) / 1e6:.0f}",
-            f"{memory / size:.2f}",
-            f"{median(run.wall / own.wall for run, own in zip(done, ours, strict=True)):.2f}",
-            f"{median(run.wall / floor.wall for run, floor in zip(done, floors[1:], strict=True)):.2f}",
-        ]
-        for name, done in found.items()
+def _base_case(options: Options, scratch: Path) -> Case:
+    """An adapter of all linear modules, merged into its base."""
+    base, output = options.llamas()[0], scratch / "out"
+    lora = _adapter(scratch / "adapter", base, options.sizes.llama)
+    ours = partial(run_command, "merge", "--method", "passthrough", f"{base}+{lora}", str(output))
+    peft = partial(run_python, _PEFT, str(base), str(lora), str(output))
+    ways = [
+        import_torch(),
+        copy_way([base], scratch),
+        Way(OURS, removing(output, ours), python_imports("hf_merge.api")),
+        Way(PEFT, removing(output, peft), python_imports("peft, transformers.models.llama.modeling_llama")),
     ]
+    return Case(f"LoRA of rank {RANK} into its base", ways, ADAPTER, [base, lora])
 
 
 def _adapter(folder: Path, base: Path, shape: tuple[int, int]) -> Path:
@@ -213,4 +183,6 @@ def _adapter(folder: Path, base: Path, shape: tuple[int, int]) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.__main__ import main
+
+    main(["--only", "adapter", *sys.argv[1:]])

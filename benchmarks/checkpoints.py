@@ -45,18 +45,58 @@ def llama_config(hidden: int, layers: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def tiny_shapes(count: int) -> dict[str, tuple[int, ...]]:
-    """Name `count` tensors of 256 elements, as a mixture of many small experts has them."""
-    return {f"model.layers.{i // 100}.mlp.experts.{i % 100}.weight": (16, 16) for i in range(count)}
+def vit_shapes(hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Name the tensors of a ViT for image classification, as transformers does; 768 and 12 are ViT-B."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(**_vit_sizes(hidden, layers)))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def vit_config(hidden: int, layers: int) -> dict[str, object]:
+    """Return what config.json says of these shapes."""
+    return {**_vit_sizes(hidden, layers), "model_type": "vit", "architectures": ["ViTForImageClassification"]}
+
+
+def _vit_sizes(hidden: int, layers: int) -> dict[str, int]:
+    """Return sizes with heads of 64 and a feed-forward four times as wide, as ViT-B has them."""
+    heads = max(hidden // 64, 1)
+    return {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "intermediate_size": 4 * hidden}  # fmt: skip
+
+
+def tiny_llama(tensors: int) -> tuple[int, int]:
+    """Return width and layers of a Llama with as many tensors, or a few less; they have 16 to 4,096 elements."""
+    outer, first = len(llama_shapes(16, 0)), len(llama_shapes(16, 1))
+    return 16, (tensors - outer) // (first - outer)
 
 
 def moe_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """Name the experts of a Qwen3-MoE as its checkpoint does, with tensors of 256 elements."""
-    places = [f"model.layers.{i}.mlp.experts.{j}" for i in range(layers) for j in range(experts)]
-    return {f"{place}.{part}_proj.weight": (16, 16) for place in places for part in ("gate", "up", "down")}
+    """Name the tensors of a Qwen3-MoE as its checkpoint does, each expert by itself, with matrices of 16 columns."""
+    shapes = {"model.embed_tokens.weight": (256, 16)}
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        for j in range(experts):
+            shapes |= {f"{layer}.mlp.experts.{j}.{part}_proj.weight": (16, 16) for part in ("gate", "up", "down")}
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (4 if name in "kv" else 16, 16) for name in "qkvo"}
+        shapes |= {f"{layer}.self_attn.{name}_norm.weight": (4,) for name in "qk"}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (16,) for name in ("input", "post_attention")}
+        shapes[f"{layer}.mlp.gate.weight"] = (experts, 16)
+    return {**shapes, "model.norm.weight": (16,), "lm_head.weight": (256, 16)}
 
 
-def checkpoints(folder: Path, shapes: Shapes, models: int, sizes: Mapping[str, int] | None = None) -> list[Path]:
+def moe_config(layers: int, experts: int) -> dict[str, object]:
+    """Return what config.json says of these shapes."""
+    return {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 16, "vocab_size": 256,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4,
+        "intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": experts, "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    }  # fmt: skip
+
+
+def checkpoints(folder: Path, shapes: Shapes, models: int, sizes: Mapping[str, object] | None = None) -> list[Path]:
     """Return the folders of a base and of `models` fine-tunes in `folder`; those that an earlier call made are kept.
 
     `sizes` goes into config.json.

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import table
 from benchmarks.checkpoints import llama_shapes
+from benchmarks.tables import table
 
 COLUMNS = ("case", "GB in", "GB out", "wall s", "bus s", "wall / bus", "peak GB", "CPU s", "CPU / wall")
 _BUFFER = 1 << 28  # bytes

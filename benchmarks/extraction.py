@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
+from benchmarks.caches import drop
+from benchmarks.options import Options
 from benchmarks.processes import Run, run_python
+from benchmarks.report import Section
+from benchmarks.tables import table
 
 COLUMNS = ("extraction", "wall s", "anon MB", "wall / copy", "exact / sketch")
 
@@ -27,17 +29,22 @@ _WAYS = {
 }
 
 
-def extraction_rows(folders: Sequence[Path], rank: int, runs: int) -> list[list[str]]:
-    """Measure every way in fresh processes, without the imports; ratios are taken run by run."""
-    base, fine = folders[:2]
+def extract(options: Options, scratch: Path) -> list[Section]:
+    """An adapter extracted from a large model, exactly or by sketches, beside a copy of the model."""
+    base, fine, _ = options.llamas()
+    words = json.dumps([str(base), str(fine), str(scratch / "made"), options.sizes.rank])
+    empty = run_python(_READY + _DONE, words).anonymous
     found: dict[str, list[Run]] = {way: [] for way in _WAYS}
-    with TemporaryDirectory() as scratch:
-        words = json.dumps([str(base), str(fine), str(Path(scratch, "made")), rank])
-        empty = [run_python(_READY + _DONE, words) for _ in range(runs)]
-        for _ in range(runs):
-            for way, code in _WAYS.items():
-                found[way].append(run_python(_READY + code + _DONE, words))
-    footprint = median(run.anonymous for run in empty)
+    for _ in range(options.runs):
+        for way, code in _WAYS.items():
+            if options.cold:
+                drop([base, fine])
+            found[way].append(run_python(_READY + code + _DONE, words))
+    return [Section("Extracting an adapter", [table(COLUMNS, _rows(found, empty, options.sizes.rank))])]
+
+
+def _rows(found: dict[str, list[Run]], footprint: float, rank: int) -> list[list[str]]:
+    """One row for each way; seconds are without the imports, and ratios are taken run by run."""
     times = {way: [json.loads(run.output) for run in done] for way, done in found.items()}
     copied, sketched, _ = times.values()
     rows = []

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from benchmarks.caches import drop
+from benchmarks.options import Options
 from benchmarks.processes import Run, run_python
+from benchmarks.report import Section
+from benchmarks.tables import table
 
 COLUMNS = ("on load", "wall s", "anon MB", "anon / model")
 
@@ -33,16 +37,20 @@ _WAYS = {
 }
 
 
-def loading_rows(folders: Sequence[Path], runs: int) -> list[list[str]]:
-    """Measure every way in fresh processes; memory counts from what the imports take."""
+def load(options: Options, scratch: Path) -> list[Section]:
+    """Merges of the large models into one that transformers loads, without a folder for the result."""
+    folders = options.llamas()
     paths = json.dumps([str(folder) for folder in folders])
     size = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
-    footprint = median(run_python(_READY, paths).anonymous for _ in range(runs))
+    footprint = run_python(_READY, paths).anonymous
     found: dict[str, list[Run]] = {way: [] for way in _WAYS}
-    for _ in range(runs):
+    for _ in range(options.runs):
         for way, code in _WAYS.items():
+            if options.cold:
+                drop(folders)
             found[way].append(run_python(_READY + code, paths))
-    return [_cells(way, done, footprint, size) for way, done in found.items()]
+    rows = [_cells(way, done, footprint, size) for way, done in found.items()]
+    return [Section("Merging on load", [table(COLUMNS, rows)])]
 
 
 def _cells(way: str, runs: Sequence[Run], footprint: float, size: int) -> list[str]:

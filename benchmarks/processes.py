@@ -1,17 +1,20 @@
-"""Run a Python snippet in a fresh process and measure it from outside; the floor that merges are compared with."""
+"""Run a command in a fresh process and measure it from outside."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
 _EVERY = 0.02  # seconds between looks at the memory
+_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+_COMMAND = "from hf_merge.cli import main; main()"
 
 
 @dataclass(frozen=True)
@@ -32,67 +35,65 @@ class Run:
 
 
 def run_python(code: str, *arguments: str) -> Run:
-    """Run `python -c code arguments...` in a fresh process.
+    """Run `python -c code arguments...`; see `measure`."""
+    return measure([sys.executable, "-c", code, *arguments])
+
+
+def run_command(*arguments: str, threads: int | None = None) -> Run:
+    """Run `hf-merge`, which may use so many threads, or start others that share them; see `measure`."""
+    if threads is None:
+        return run_python(_COMMAND, *arguments)
+    limited = f"import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); {_COMMAND}"
+    return run_python(limited, str(threads), *arguments)
+
+
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
+    """Run a command in a fresh process; what it says beside its output, progress bars too, goes to a file.
+
+    Args:
+        command: the words of it.
+        environment: instead of that of this process.
 
     Raises:
         RuntimeError: it failed; the message ends with its last lines.
     """
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    ended, peak = Event(), [float("nan")]
-    watcher = Thread(target=_watch, args=(process.pid, ended, peak))
-    watcher.start()
-    before = os.times()
-    output, errors = process.communicate()
-    wall, after = time.perf_counter() - begin, os.times()
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        raise RuntimeError(f"A measured process failed:\n{errors[-2000:]}")
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        begin, before = time.perf_counter(), os.times()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True,
+            env={**(os.environ if environment is None else environment), **_QUIET},
+        )  # fmt: skip
+        with _Watch(process.pid) as watch:
+            output, _ = process.communicate()
+            wall, after = time.perf_counter() - begin, os.times()
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"A measured process failed, {command[0]}:\n{said.read()[-2000:]}")
     cpu = after.children_user - before.children_user + after.children_system - before.children_system
-    return Run(wall, cpu, peak[0], output)
+    return Run(wall, cpu, watch.peak, output)
 
 
-def _watch(pid: int, ended: Event, peak: list[float]) -> None:
-    """Look at a process's anonymous memory until it has ended, and keep the most that was seen."""
-    status = Path(f"/proc/{pid}/status")
-    while not ended.wait(_EVERY):
-        try:
-            lines = status.read_text().splitlines()
-        except OSError:
-            return
-        seen = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0.0)
-        peak[0] = seen if seen > peak[0] or peak[0] != peak[0] else peak[0]
+class _Watch:
+    """Looks at a process's anonymous memory until it has ended; `peak` is the most that was seen."""
 
+    def __init__(self, pid: int):
+        self.peak = float("nan")
+        self._status, self._ended = Path(f"/proc/{pid}/status"), Event()
+        self._thread = Thread(target=self._look)
 
-_FLOOR = """
-import os, sys
-output, size, *inputs = sys.argv[1:]
-buffer = memoryview(bytearray(1 << 22))
-target, left = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), int(size)
-for file in [os.open(path, os.O_RDONLY) for path in inputs]:
-    while os.readv(file, [buffer]):
-        if left:
-            left -= os.write(target, buffer[:left])
-while left:
-    left -= os.write(target, buffer[:left])
-os.fsync(target)
-"""
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
-def run_floor(inputs: Sequence[Path], output: Path) -> Run:
-    """Read the weights of all `inputs` once and write as many bytes as one of them has; `output` is removed again."""
-    files = [sorted(folder.glob("*.safetensors")) for folder in inputs]
-    size = sum(file.stat().st_size for file in files[0])
-    done = run_python(_FLOOR, str(output), str(size), *(str(file) for held in files for file in held))
-    output.unlink()
-    return done
-
-
-def run_command(*arguments: str, threads: int) -> Run:
-    """Run `hf-merge` in a fresh process that may use so many threads, or start others that share them."""
-    code = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from hf_merge.cli import main; main()"
-    return run_python(code, str(threads), *arguments)
+    def _look(self) -> None:
+        while not self._ended.wait(_EVERY):
+            try:
+                lines = self._status.read_text().splitlines()
+            except OSError:
+                return
+            seen = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0.0)
+            self.peak = seen if seen > self.peak or self.peak != self.peak else self.peak

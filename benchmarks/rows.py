@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from statistics import median
 
+from benchmarks.options import Options
 from benchmarks.processes import run_python
+from benchmarks.report import Section
+from benchmarks.tables import table
 
 COLUMNS = ("rows", "decide s", "gather s", "index_select s", "gather / index_select")
 WIDTH = 896
@@ -38,7 +42,12 @@ print(json.dumps([decide, times[1:]]))  # the first one warms up
 """
 
 
-def row_cells(count: int, runs: int) -> list[str]:
+def rows(options: Options, scratch: Path) -> list[Section]:
+    """An embedding with the rows of another vocabulary, beside plain index_select of as many rows."""
+    return [Section("Rows of another vocabulary", [table(COLUMNS, [_cells(options.sizes.rows, options.runs)])])]
+
+
+def _cells(count: int, runs: int) -> list[str]:
     """Measure in one fresh process; the ratio is taken run by run."""
     decide, times = json.loads(run_python(_ROWS, str(count), str(WIDTH), str(runs)).output)
     gather, plain = (median(run[part] for run in times) for part in (0, 1))
