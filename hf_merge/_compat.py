@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +223,7 @@ def module_devices(module: nn.Module, device_map: str, max_memory: Mapping[Any, 
     """
     from transformers.integrations.accelerate import _get_device_map
 
-    with quiet(), _muted("accelerate.utils.modeling"):  # which warns of every device that is not here
+    with quiet(), muted("accelerate.utils.modeling"):  # which warns of every device that is not here
         return dict(_get_device_map(module, device_map, max_memory and {**max_memory}, None))  # type: ignore[arg-type]
 
 
@@ -235,7 +236,7 @@ def expanded(device_map: Mapping[str, int | str], names: Iterable[str]) -> dict[
 
 
 @contextlib.contextmanager
-def _muted(logger: str) -> Iterator[None]:
+def muted(logger: str) -> Iterator[None]:
     """Let a library's logger tell errors only."""
     found = logging.getLogger(logger)
     before = found.level
@@ -255,13 +256,24 @@ def mxfp4_dequantizer() -> Any:
 
 def pipeline_tag(architecture: str) -> str | None:
     """Return the Hub's task of a model class: `text-generation` for LlamaForCausalLM."""
-    from transformers.models.auto import modeling_auto  # transformers.modelcard has the table, and imports the trainer
-
+    tables = classes_of_tasks()
     for tag, words in _TASKS.items():
-        tables = [getattr(modeling_auto, f"MODEL_FOR_{word}_MAPPING_NAMES") for word in words]
-        if any(architecture in _flat(table.values()) for table in tables):
+        if any(architecture in tables.get(word, ()) for word in words):
             return tag
     return None
+
+
+@lru_cache(maxsize=1)
+def classes_of_tasks() -> dict[str, set[str]]:
+    """Return the classes that modeling_auto's tables list, by the tables' words: CAUSAL_LM, MASKED_LM, ...
+
+    The file is read, not imported: that would take longer than merging many a model does.
+    """
+    package = find_spec("transformers")
+    assert package is not None and package.origin is not None
+    text = (Path(package.origin).parent / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
+    tables = re.findall(r"^MODEL_FOR_(\w+)_MAPPING_NAMES = OrderedDict\((.*?)^\)", text, re.MULTILINE | re.DOTALL)
+    return {word: set(re.findall(r'"(\w+)"', table)) for word, table in tables}
 
 
 _TASKS = {
@@ -573,6 +585,27 @@ def peft_model(
         return PeftModel(model, words)
 
 
+def peft_type(name: str) -> Any:
+    """Return a type of adapters, which is made if PEFT has none of this name: there is no public way to add one."""
+    from peft import PeftType
+
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        type.__setattr__(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+    return PeftType[name]
+
+
+def peft_knows(name: str) -> bool:
+    """Tell whether a type of adapters is registered."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    return name in {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+
+
 def peft_tensors(model: Any) -> dict[str, Tensor]:
     """Return what PEFT would save of the adapter in a model, by the names in its file."""
     import warnings
@@ -611,6 +644,7 @@ def peft_merge(model: Any, tensors: Mapping[str, Tensor], modules: Iterable[str]
         set_peft_model_state_dict(model, dict(tensors))
         for name in modules:
             layer = model.base_model.model.get_submodule(name)
+            layer = layer if hasattr(layer, "merge") else layer.get_submodule("merged_expert")
             layer.merge(safe_merge=True)
             own = layer.get_base_layer().named_parameters(recurse=False)
             found |= {f"{name}.{leaf}": parameter.data for leaf, parameter in own}

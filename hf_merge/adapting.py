@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import logging
 
-from hf_merge import hub
 from hf_merge.adapters.card import adapter_card, energies
 from hf_merge.adapters.merging import AdapterMerge
 from hf_merge.adapters.modules import auto_mapping, task_type
@@ -22,7 +20,7 @@ from hf_merge.adapters.writer import AdapterWriter, Kept
 from hf_merge.card import pinned_recipe, public_recipe
 from hf_merge.errors import OutputError
 from hf_merge.fetch import check_downloads, remote_reads
-from hf_merge.goal import Goal, push
+from hf_merge.goal import Goal, hidden
 from hf_merge.placement import check_devices
 from hf_merge.planning import Plan
 from hf_merge.ranks import Team, current
@@ -55,7 +53,7 @@ def merge_adapter(
         raise OutputError(f"An adapter is written by one process, and {team.world} were started: start one.")
     if resume:
         raise OutputError("An adapter is small and is written at once: leave resume out, and it is made anew.")
-    target = _hidden(goal.target) if goal.is_away else goal.target
+    target = goal.workplace()
     refuse_existing(target, overwrite=overwrite)
     destination = goal.ask()
     made = prepared()
@@ -71,22 +69,15 @@ def merge_adapter(
         destination.check_card(str(card))
     try:
         kept = _write_adapter(made, target, name, overwrite=overwrite, card_template=card_template)
-        send = hub.push_folder if goal.is_away else push  # which says that the folder is whole
-        info = None if destination is None else send(target, destination)
+        published = goal.deliver(target, destination)
     finally:
         if goal.is_away:
             shutil.rmtree(target, ignore_errors=True)
-    published = [destination.repo_id, info.oid, info.pr_url or info.commit_url] if destination and info else []
     left = {one.part.module: one.finished.left_out for one in kept if one.finished.left_out}
     return MergedAdapter(
         None if goal.is_away else target, made.plan, *published,
         base=made.base_model, base_revision=made.revision, kept=energies(kept), left_out=left,
     )  # fmt: skip
-
-
-def _hidden(target: Path) -> Path:
-    """Name a folder beside the target that nobody else has."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
 
 
 def over_base(made: Plan, sources: list[Source]) -> AdapterMerge:
@@ -112,7 +103,7 @@ def _write_adapter(
     """Execute a plan into the folder of an adapter, or into a LoRA file in the style of the first."""
     if not made.spelling:
         return _write_peft(made, target, name, overwrite=overwrite, card_template=card_template)
-    work = _hidden(target)
+    work = hidden(target)
     try:
         kept = _write_peft(made, work, name, overwrite=False, card_template=card_template)
         file = spell(work, made.spelling, file_name(made.spelling, target))

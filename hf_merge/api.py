@@ -22,6 +22,9 @@ from hf_merge.adapting import merge_adapter, over_base
 from hf_merge.card import merged_card, pinned_recipe, public_recipe
 from hf_merge.errors import OutputError, ParameterError, RecipeError
 from hf_merge.execute import execute
+from hf_merge.experts.files import with_problems
+from hf_merge.experts.merged import from_tensors
+from hf_merge.experts.tasks import has_experts, head_problems, own_steps, tasks_of, without
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.goal import Goal, push
 from hf_merge.lazy import LazyMerge
@@ -30,6 +33,7 @@ from hf_merge.loading import load, recipe_words
 from hf_merge.placement import DeviceMap, MaxMemory, check_devices, place
 from hf_merge.planner import make_plan
 from hf_merge.planning import MAX_SHARD_SIZE, Plan, Problem
+from hf_merge.progress import OnProgress, reported
 from hf_merge.ranks import current, together
 from hf_merge.recipe import ADAPTER_FIELDS, Recipe
 from hf_merge.results import MergedAdapter, MergedModel
@@ -39,6 +43,7 @@ from hf_merge.sources.layout import align_layouts
 from hf_merge.sources.lora import Lora
 from hf_merge.sources.renamed import remapped
 from hf_merge.sources.statistics import MeasuredModel, open_statistics
+from hf_merge.specialising import merge_experts
 from hf_merge.survey import surveyed
 from hf_merge.types import ModelRef, Ref
 from hf_merge.uploads import Uploads
@@ -79,16 +84,38 @@ def plan(
         SourceError: a model cannot be read.
     """
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
-    loaded, where = Recipe.load(recipe, **changes), (device_map, max_memory)
-    found: dict[ModelRef, Located] = {}
-    if adapters := adapters_of(loaded, found, **read):
-        joined = join(loaded, adapters, **read)
-        return surveyed(place(joined.plan, *where), joined.sources)
-    _refuse_words_of_adapters(loaded)
-    return surveyed(*_prepare(loaded, {}, where, max_shard_size, read, found))
+    return surveyed(*open_plan(Recipe.load(recipe, **changes), read, (device_map, max_memory), max_shard_size))
+
+
+def open_plan(
+    recipe: Recipe,
+    hub: Mapping[str, Any],
+    where: tuple[DeviceMap, MaxMemory | None] = ("auto", None),
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    *,
+    found: dict[ModelRef, Located] | None = None,
+    opened: Mapping[Ref, Source] | None = None,
+) -> tuple[Plan, list[Source]]:
+    """Plan a merge of models, or of adapters alone; return the plan and its models, in its order.
+
+    Args:
+        recipe: what is merged.
+        hub: token, cache_dir, local_files_only, stream.
+        where, max_shard_size: as in `plan`: device_map and max_memory.
+        found: folders that were looked for before; those that are looked for are added.
+        opened: models that were opened before.
+    """
+    found = {} if found is None else found
+    if adapters := adapters_of(recipe, found, **hub):
+        joined = join(recipe, adapters, **hub)
+        return place(joined.plan, *where), joined.sources
+    _refuse_words_of_adapters(recipe)
+    made, sources = _prepare(recipe, {}, where, max_shard_size, hub, found, opened)
+    return made if made.tasks is None else with_problems(made), sources
 
 
 @together
+@reported
 def merge(
     recipe: Any,
     output: str | os.PathLike[str] | None = None,
@@ -109,6 +136,7 @@ def merge(
     local_files_only: bool = False,
     stream: bool = False,
     card_template: str | Path | None = None,
+    on_progress: OnProgress | None = None,
     **changes: Any,
 ) -> MergedModel:
     """Merge models into a folder that `from_pretrained` loads, or straight into the Hub.
@@ -143,16 +171,21 @@ def merge(
         stream: read tensors of models on the Hub by range, and keep no weights in the cache; without it the files
             that hold what the recipe needs come into the cache while the merge already runs.
         card_template: a Jinja template for the model card instead of the built-in one.
+        on_progress: is given a `Progress` for every piece that is written, and a few times a second while the merge
+            waits; from any thread, but from one at a time. What it raises (`Cancelled`, say) ends the merge: nothing
+            is left of it but what `resume=True` keeps. Of several processes the first one calls it, for all.
         **changes: fields of the recipe (`method=`, `base_model=`, `dtype=`, `seed=`, ...) or parameters of the
             method; a list for a per-model parameter has one value for each model.
 
     Returns:
-        Where it is and how it was made; for an adapter a `MergedAdapter`.
+        Where it is and how it was made; for an adapter a `MergedAdapter`, with task experts (methods such as `emr`) a
+        `MergedModelWithExperts`.
 
     Raises:
         RecipeError, SourceError, PlanError: before anything is written.
         ComputeError, OutputError: nothing appears at `output`.
         PublishError: before anything is merged, or when the Hub fails; its repository is as it was.
+        What `on_progress` raises: as it is.
     """
     team = current()
     read = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "stream": stream}
@@ -179,6 +212,10 @@ def merge(
     destination = goal.ask(partial_folder(target) if away and resume else None) if team.leads else None
     with team.node_first() if _is_far(loaded) else nullcontext():
         made, sources = _prepare(loaded, {}, where, sys.maxsize if goal.is_file else max_shard_size, read, found)
+    if made.tasks is not None:
+        return merge_experts(
+            goal, destination, made, sources, overwrite=overwrite, resume=resume, card_template=card_template
+        )  # fmt: skip
     made.check()
     check_devices(step.device for step in made.steps)
     check_downloads(remote_reads(made, sources))
@@ -364,9 +401,8 @@ def open_recipe(recipe: Any, hub: Mapping[str, Any], **changes: Any) -> tuple[Pl
     Raises:
         RecipeError: it makes an adapter.
     """
-    recipe = _of_a_model(Recipe.load(recipe, **changes))
-    changes = {}
-    return _prepare(recipe, changes, ("cpu", None), MAX_SHARD_SIZE, hub)
+    recipe = _without_experts(_of_a_model(Recipe.load(recipe, **changes)))
+    return _prepare(recipe, {}, ("cpu", None), MAX_SHARD_SIZE, hub)
 
 
 def _of_a_model(recipe: Recipe) -> Recipe:
@@ -375,7 +411,7 @@ def _of_a_model(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: it makes an adapter.
     """
-    if recipe.output_format == "adapter":
+    if recipe.output_format == "adapter" and not has_experts(recipe):
         raise RecipeError(
             "The recipe makes an adapter (output_format: adapter), which is a folder: write it with merge, and load it "
             "with .load(); or say output_format='model', without rank and the like."
@@ -392,7 +428,7 @@ def _name_of(recipe: Any, made: Plan) -> str:
 
 def merge_state_dicts(
     models: Any, *, method: str, base_model: Mapping[str, Any] | None = None, **parameters: Any
-) -> dict[str, Tensor]:
+) -> Any:
     """Merge mappings of names to tensors in memory: a CNN, an RNN, a BEiT-3 checkpoint.
 
     Args:
@@ -402,7 +438,8 @@ def merge_state_dicts(
         **parameters: of the method, and fields of the recipe such as `seed=`, `dtype=`, `missing=`.
 
     Returns:
-        The merged state dict, on the CPU, in the inputs' dtypes if `dtype=` is not given.
+        The merged state dict, on the CPU, in the inputs' dtypes if `dtype=` is not given; of a method with task experts
+        a `MergedExperts`: `.backbone`, `.experts` and `.reconstruct(i)`, the state dict for model i.
 
     Raises:
         MergeError: as `merge`.
@@ -420,7 +457,10 @@ def merge_state_dicts(
     with fetching(reads, stop):
         execute(made, sources, write, stopped=stop.set)
         check_assumed(sources)
-    return merged
+    if made.tasks is None:
+        return merged
+    by_model = dict(zip(made.models, sources, strict=True))
+    return from_tensors(made, merged, tuple(frozenset(by_model[model].specs) for model in made.tasks.models))
 
 
 def _prepare(
@@ -430,14 +470,16 @@ def _prepare(
     max_shard_size: int | str,
     hub: Mapping[str, Any],
     found_at: dict[ModelRef, Located] | None = None,
+    known: Mapping[Ref, Source] | None = None,
 ) -> tuple[Plan, list[Source]]:
-    """Recipe -> Sources -> Plan."""
+    """Recipe -> Sources -> Plan; models that are known are not opened again."""
     found_at = {} if found_at is None else found_at
     loaded = _with_bases(Recipe.load(recipe, **changes), found_at, hub)
-    opened: dict[Ref, Source] = {}
+    named = [model for each in (*loaded.stages, loaded) for model in each.references]
+    opened: dict[Ref, Source] = {model: source for model, source in (known or {}).items() if model in named}
     problems: list[Problem] = []
     for stage in loaded.stages:
-        _of_a_model(stage)
+        _without_experts(_of_a_model(stage))
         sources, found = _open(stage, opened, found_at, hub)
         made = make_plan(stage, sources, problems=found)
         problems += [replace(problem, message=f"In '{stage.name}': {problem.message}") for problem in made.problems]
@@ -446,10 +488,37 @@ def _prepare(
     problems += [*found, *licence_problems(parts_of([*sources.values()]))]
     remarks = dict.fromkeys(remark for source in opened.values() for remark in source.remarks)
     problems += [Problem("warning", remark) for remark in remarks]
+    if has_experts(loaded):
+        return place(_with_experts(loaded, sources, problems, max_shard_size), *where), list(sources.values())
     made = make_plan(loaded, sources, max_shard_size=max_shard_size, problems=problems)
     if loaded.output_format == "adapter":
         made = planned(made, [*sources.values()])
     return place(made, *where), list(sources.values())
+
+
+def _with_experts(
+    recipe: Recipe, sources: Mapping[Ref, Source], problems: Sequence[Problem], max_shard_size: int | str
+) -> Plan:
+    """Plan a merge with task experts: what all models have is merged, the rest is each task's own."""
+    tasks = tasks_of(recipe, sources)
+    shown = {m: without(source, tasks.apart) if m in tasks.models else source for m, source in sources.items()}
+    found = [*problems, *head_problems(tasks, sources)]
+    made = make_plan(recipe, shown, max_shard_size=max_shard_size, problems=found, tasks=tasks)
+    return replace(made, steps=(*made.steps, *own_steps(recipe, tasks, sources)))
+
+
+def _without_experts(recipe: Recipe) -> Recipe:
+    """Return a recipe of one model.
+
+    Raises:
+        RecipeError: it makes task experts.
+    """
+    if has_experts(recipe):
+        raise RecipeError(
+            f"'{recipe.merge_method}' makes a backbone with task experts, a folder and no stage of another merge: "
+            "write it with merge, and load it with hf_merge.load_experts."
+        )
+    return recipe
 
 
 def _with_bases(recipe: Recipe, found: dict[ModelRef, Located], hub: Mapping[str, Any]) -> Recipe:

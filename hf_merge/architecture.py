@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -150,3 +150,27 @@ def depths(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
         if isinstance(value, Mapping):
             found |= {(key, *path): depth for path, depth in depths(value).items()}
     return found
+
+
+def backbone_of(module: Any, config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return what tells whether a tensor of a model in memory is of its backbone, and not of its head.
+
+    The backbone is the part under the class's prefix, or else, as in classifiers over the tower of a CLIP, what
+    transformers' model without a head has too; a model without heads is all backbone.
+
+    Args:
+        module: the model, with or without values.
+        config: of it, as in config.json.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    prefix = getattr(module, "base_model_prefix", "")
+    if prefix and getattr(module, prefix, None) not in (None, module):
+        return lambda live: live.startswith(f"{prefix}.")
+    plain = MODEL_MAPPING_NAMES.get(config.get("model_type", ""))
+    name = plain if isinstance(plain, str) else next(iter(plain or ()), "")
+    empty = _compat.empty_model({**config, "architectures": [name]})
+    if empty is None:
+        return lambda live: True
+    names = {live for live, _ in (*empty.named_parameters(), *empty.named_buffers())}
+    return names.__contains__ if any(live in names for live, _ in module.named_parameters()) else lambda live: True

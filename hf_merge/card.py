@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader
 
 from hf_merge import _compat
 from hf_merge.evaluation import EVALUATED, NOT_EVALUATED, Compared, evaluation_table
@@ -24,7 +23,7 @@ from hf_merge.sparklines import pictures
 from hf_merge.tokenization.chat_templates import BUILT_IN
 from hf_merge.types import InMemory, ModelRef, Ref
 
-_NO_MARKUP = str.maketrans({"`": "'", "|": "/", "\n": " "})
+NO_MARKUP = str.maketrans({"`": "'", "|": "/", "\n": " "})
 _LIBRARIES = ("hf_merge", "torch", "transformers", "safetensors")
 
 
@@ -95,6 +94,8 @@ def merged_card(
 
 def rendered(template: Path, data: ModelCardData, **values: Any) -> ModelCard:
     """Render a card as `ModelCard.from_template` does, but that templates may extend and include one another."""
+    from jinja2 import Environment, FileSystemLoader  # a plan needs no templates
+
     folders = [str(template.parent), str(template_folder())]
     # The result is Markdown, not HTML: what comes from outside is made harmless where it is put into a sentence.
     environment = Environment(loader=FileSystemLoader(folders), autoescape=False)
@@ -151,16 +152,28 @@ def with_checksums(text: str, sums: Mapping[str, str]) -> str:
         text: of any card, with or without front matter.
         sums: SHA-256 of each file of weights, in hexadecimal digits; without one the section goes.
     """
+    return with_section(text, "Checksums", _checksums(sums))
+
+
+def with_section(text: str, title: str, content: str) -> str:
+    """Return the text of a card with a section of the second level: put in, or in the place of the one it has.
+
+    Args:
+        text: of any card, with or without front matter.
+        title: of the section.
+        content: below its heading; without any the section goes.
+    """
     lines = text.splitlines()
     places = _sections(lines)
-    if "Checksums" in places:
-        start = places["Checksums"]
+    if title in places:
+        start = places[title]
         end = min((place for place in places.values() if place > start), default=len(lines))
         lines[start:end] = []
         places = _sections(lines)
     at = min((places[title] for title in ("Licence", "Limits") if title in places), default=len(lines))
     head, tail = "\n".join(lines[:at]).rstrip(), "\n".join(lines[at:]).rstrip()
-    return "\n\n".join(part for part in (head, _checksums(sums), tail) if part) + "\n"
+    made = f"## {title}\n\n{content}" if content else ""
+    return "\n\n".join(part for part in (head, made, tail) if part) + "\n"
 
 
 def _checksums(sums: Mapping[str, str]) -> str:
@@ -168,7 +181,7 @@ def _checksums(sums: Mapping[str, str]) -> str:
     if not sums:
         return ""
     rows = "\n".join(f"{digest}  {file}" for file, digest in sorted(sums.items()))
-    return f"## Checksums\n\nSHA-256 of the weights; `sha256sum --check` reads these lines.\n\n```text\n{rows}\n```"
+    return f"SHA-256 of the weights; `sha256sum --check` reads these lines.\n\n```text\n{rows}\n```"
 
 
 def _sections(lines: Sequence[str]) -> dict[str, int]:
@@ -290,7 +303,7 @@ def _called(model: Ref, source: Source) -> str:
     """Name a model in plain text: its ids on the Hub, or the last part of its path."""
     named = zip(_single_refs(model), source.parts, strict=False)
     told = str(model) if source.parents else "+".join(part.public_id or _local_name(ref) for ref, part in named)
-    return told.translate(_NO_MARKUP)
+    return told.translate(NO_MARKUP)
 
 
 def _code(text: object) -> str:
@@ -300,7 +313,7 @@ def _code(text: object) -> str:
 
 def _cell(text: object) -> str:
     """Write text as code in a table."""
-    return f"`{str(text).translate(_NO_MARKUP)}`"
+    return f"`{str(text).translate(NO_MARKUP)}`"
 
 
 def hub_link(public_id: str) -> str:
@@ -347,9 +360,15 @@ def _notes(plan: Plan) -> list[str]:
         f"Arithmetic in float32 or wider, rounded once to {str(plan.dtype).removeprefix('torch.')}.",
     ]
     notes += [f"Layers of {told}." for told in plan.layers(lambda model: _code(_local_name(model)))]
-    copied = sum(step.method is None for step in plan.steps)
+    apart = plan.tasks.apart if plan.tasks is not None else frozenset[str]()
+    copied = sum(
+        step.method is None and step.name not in apart and not step.name.startswith("experts/") for step in plan.steps
+    )
     if copied:
-        notes.append(f"{copied} tensors hold integers, equal in all models, and were copied.")
+        hold, were = ("tensor holds", "was") if copied == 1 else ("tensors hold", "were")
+        notes.append(f"{copied} {hold} integers, equal in all models, and {were} copied.")
+    if apart:
+        notes.append(f"{len(apart)} tensors, such as heads, were not merged: each task that had them keeps its own.")
     rules = [(rule.pattern, rule.merge_method or plan.recipe.merge_method) for rule in plan.recipe.rules]
     return [*notes, *(f"Tensors matching {_code(pattern)}: {method}." for pattern, method in rules)]
 

@@ -3,6 +3,8 @@
 Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
 """
 
+import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -15,10 +17,22 @@ from huggingface_hub.utils import logging
 
 import hf_merge
 from hf_merge import _compat, launching
+from hf_merge.analysis.commands import EPILOG as ANALYZE
+from hf_merge.analysis.commands import analyze
 from hf_merge.errors import MergeError, RecipeError
+from hf_merge.experts.commands import EPILOG as TRAIN_ROUTER
+from hf_merge.experts.commands import train_router
+from hf_merge.flags import CacheDir, LocalOnly, Token
 from hf_merge.search.commands import app as search
+from hf_merge.space_command import EPILOG as SPACE
+from hf_merge.space_command import space
+from hf_merge.study.commands import study
+from hf_merge.trial.commands import EPILOG as TRY
+from hf_merge.trial.commands import try_out
 
 Argument, Option, out = _compat.cli_words()
+_NEW_OBJECTS = 100_000
+"""Python looks for cycles after so many; 700 by default."""
 
 
 def _examples(*commands: str) -> str:
@@ -103,17 +117,18 @@ Space = Annotated[
     ),
 ]
 Vllm = Annotated[bool, Option("--vllm", help="Write an adapter as vLLM loads it, or refuse to.")]
+Tasks = Annotated[
+    str | None,
+    Option("--tasks", help="NAME,NAME...: what the tasks of methods such as emr are called. Default: as the models."),
+]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace the model that is at OUTPUT, once the new one is whole.")
 ]
-Token = Annotated[str | None, Option("--token", help="For private and gated models on the Hub.")]
-CacheDir = Annotated[str | None, Option("--cache-dir", help="Where models of the Hub are kept.")]
 Stream = Annotated[bool, Option("--stream", help="Read tensors on the Hub by range, and keep no weights in the cache.")]
 Private = Annotated[bool, Option("--private", help="Make the repository private, or refuse one that is not.")]
 CreatePr = Annotated[bool, Option("--create-pr", help="Open a pull request instead of changing the branch.")]
 Message = Annotated[str | None, Option("--commit-message", help="The first line of the commit.")]
 ExistOk = Annotated[bool, Option("--exist-ok", help="Replace the model that is in the repository.")]
-LocalOnly = Annotated[bool, Option("--local-files-only", help="Do not ask the Hub.")]
 
 
 @app.command(
@@ -145,6 +160,7 @@ def merge(
     space: Space = None,
     keep_rest: KeepRest = None,
     vllm: Vllm = False,
+    tasks: Tasks = None,
     push_to_hub: Annotated[str | None, Option("--push-to-hub", help="REPO_ID to publish the model in.")] = None,
     keep_local: Annotated[
         bool | None,
@@ -178,7 +194,8 @@ def merge(
         parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing,
         keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
-        output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
+        output_format=output_format, space=space, tasks=tasks.split(",") if tasks else None,
+        **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     if job is not None:
         here = {"--commit-message": commit_message, "--keep-local": keep_local, "--overwrite": overwrite,
@@ -327,6 +344,7 @@ def measure(
         Literal["float16", "bfloat16", "float32", "float64"], Option("--dtype", help="In which the model runs.")
     ] = "float32",
     scaling: Annotated[float | None, Option("--scaling", help="Of merged_gram: that of the merge.")] = None,
+    ridge: Annotated[float | None, Option("--ridge", help="Of merged_gram: that of the merge.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what is at OUTPUT.")] = False,
     token: Token = None,
     cache_dir: CacheDir = None,
@@ -343,8 +361,8 @@ def measure(
     made = hf_merge.measure(
         model, data, what, output=output, targets=targets, batch_size=batch_size, max_examples=max_examples or None,
         columns=dict(text.split("=", 1) for text in column or ()), max_length=max_length, seed=seed,
-        device_map=device_map, max_memory=max_memory, dtype=dtype, scaling=scaling, overwrite=overwrite, token=token,
-        cache_dir=cache_dir, local_files_only=local_files_only,
+        device_map=device_map, max_memory=max_memory, dtype=dtype, scaling=scaling, ridge=ridge, overwrite=overwrite,
+        token=token, cache_dir=cache_dir, local_files_only=local_files_only,
     )  # fmt: skip
     out.result("Measured", path=", ".join(map(str, made)) if isinstance(made, list) else str(made))
 
@@ -370,6 +388,7 @@ def plan(
     space: Space = None,
     keep_rest: KeepRest = None,
     vllm: Vllm = False,
+    tasks: Tasks = None,
     device_map: DeviceMap = "auto",
     max_memory: MaxMemory = None,
     max_shard_size: ShardSize = "5GB",
@@ -383,7 +402,8 @@ def plan(
         parameter, method=method, base_model=base, statistics=statistics, dtype=dtype, seed=seed, missing=missing,
         keys=keys,
         tokenizer_source=tokenizer_source, chat_template=chat_template, allow_nonfinite=allow_nonfinite or None,
-        output_format=output_format, space=space, **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
+        output_format=output_format, space=space, tasks=tasks.split(",") if tasks else None,
+        **_of_adapter(rank, targets, exact_svd, keep_rest, vllm),
     )  # fmt: skip
     made = hf_merge.plan(
         _recipe(sources, method), device_map=device_map, max_memory=_max_memory(max_memory),
@@ -398,23 +418,36 @@ def plan(
         raise click.exceptions.Exit(1)
 
 
-@app.command("check", epilog=_examples("hf-merge check recipe.yaml"))
+@app.command(
+    "check",
+    epilog=_examples(
+        "hf-merge check recipe.yaml", "hf-merge check org/a org/b", "hf-merge check org/a org/b --base org/base --json"
+    ),
+)
 def check(
-    recipe: Annotated[str, Argument(help="RECIPE, ours or MergeKit's.")],
+    sources: Annotated[list[str], Argument(help="RECIPE, ours or MergeKit's, or models: folders or Hub ids.")],
+    method: Method = None,
+    base: Base = None,
+    parameter: Parameters = None,
+    missing: Missing = None,
+    keys: Keys = None,
+    tokenizer_source: TokenizerSource = None,
+    output_format: OutputFormat = None,
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalOnly = False,
 ) -> None:
-    """Say what is wrong with a recipe, from it and from the headers and configs of its models."""
-    from hf_merge.planning import format_bytes
-
-    made = hf_merge.plan(_recipe([recipe], None), token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    made.check()
-    for problem in made.problems:
-        out.warning(problem.message)
-    out.result(
-        "Fits", tensors=len(made.steps), read=format_bytes(made.bytes_read), write=format_bytes(made.bytes_written)
+    """Say whether models can be merged, and what would help; of weights only headers are read."""
+    changes = _changes(
+        parameter, missing=missing, keys=keys, tokenizer_source=tokenizer_source, output_format=output_format
     )
+    report = hf_merge.check(
+        sources[0] if _is_recipe(sources) else sources, base_model=base, method=method, token=token,
+        cache_dir=cache_dir, local_files_only=local_files_only, **changes,
+    )  # fmt: skip
+    _show(report)
+    if report.verdict == "does not fit":
+        raise click.exceptions.Exit(1)
 
 
 @app.command("methods", epilog=_examples("hf-merge methods", "hf-merge methods ties"))
@@ -438,7 +471,17 @@ def demo(output: Annotated[str, Argument(help="The folder to make.")] = "hf_merg
     out.result("Merged model with its card", path=str(result.best), seconds=round(result.seconds))
 
 
+app.command("analyze", epilog=ANALYZE)(analyze)
+app.command("try", epilog=TRY)(try_out)
 app.add_command(search, "search")
+app.command(
+    "study",
+    epilog=_examples(
+        "hf-merge study vision8", "hf-merge study vision8 --quick --tasks 4", "hf-merge study study.yaml results"
+    ),
+)(study)
+app.command("train-router", epilog=TRAIN_ROUTER)(train_router)
+app.command("space", epilog=SPACE)(space)
 
 
 def _sources_and_output(words: list[str], *, only_sources: bool) -> tuple[list[str], str | None]:
@@ -568,29 +611,43 @@ def _max_memory(said: list[str] | None) -> dict[int | str, int | str] | None:
 
 def _recipe(sources: list[str], method: str | None) -> Any:
     """A recipe's path, or the list of models that --method merges."""
-    looks_like_recipe = len(sources) == 1 and sources[0].endswith((".yaml", ".yml", ".json"))
-    if method and not looks_like_recipe:
+    if method and not _is_recipe(sources):
         return sources
     if len(sources) > 1 or (Path(sources[0]).is_dir()):
         raise RecipeError(f"{', '.join(sources)}: to merge models without a recipe, say how with --method.")
     return sources[0]
 
 
+def _is_recipe(sources: list[str]) -> bool:
+    return len(sources) == 1 and sources[0].endswith((".yaml", ".yml", ".json"))
+
+
 def _explain(method: Any) -> str:
     """Write all there is to know about a method."""
+    from hf_merge.controls import in_words
+
     count = method.number_of_models
     lines = [f"{method.name}: {method.summary}", "", f"  {method.formula}".replace("\n", "\n  "), ""]
+    lines += [f"Good for: {method.good_for}", ""] if method.good_for else []
     lines += [f"Merges {count} ({method.space}); base: {method.base}. Source: {method.paper}", "", "Parameters:"]
     for p in method.parameters.values():
         scope = ", for each model" if p.per_model else ""
         lines.append(f"  {p.name} ({p.words}{scope}; default {p.default}): {p.help}")
+    lines += ["", f"In words, with the defaults: {in_words(method, {})}"] if method.in_words else []
     return "\n".join([*lines, *(["", f"Notes: {method.notes}"] if method.notes else [])])
+
+
+def _collect_rarely() -> None:
+    """Let Python look for cycles less often, and not once more as it ends: torch alone has 170,000 objects."""
+    gc.set_threshold(_NEW_OBJECTS)
+    atexit.register(gc.freeze)
 
 
 def main() -> None:
     """Run the command line and turn errors into one line and an exit status."""
     if os.environ.get("HF_MERGE_VERBOSITY") == "info":
         logging.set_verbosity_info()
+    _collect_rarely()
     launching.follow_parent()
     try:
         status = app.main(standalone_mode=False, windows_expand_args=False)

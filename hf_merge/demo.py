@@ -17,11 +17,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +28,16 @@ from torch import Generator, Tensor
 
 import hf_merge
 from hf_merge.errors import OutputExistsError, RecipeError
+from hf_merge.study import families
+from hf_merge.study.drawing import SIZE, Style
+from hf_merge.study.tasks import GENERIC, Task
+from hf_merge.study.training import calm, minimise, save
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
 
 logger = logging.get_logger(__name__)
 
-SIZE = 32  # pixels
 PRETRAIN_STEPS, PRETRAIN_RATE, PRETRAIN_BATCH = 240, 3e-3, 36  # the batch is per task
 FINETUNE_STEPS, FINETUNE_RATE, FINETUNE_BATCH = 160, 1.5e-3, 40
 ANCHOR_POOL, ANCHOR_BATCH = 256, 24  # the pool is per task
@@ -48,24 +49,6 @@ MERGES: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.2},
     "dare_linear": {"density": 0.5, "lambda": 1 / math.sqrt(3)},
 }
-
-
-class Style(NamedTuple):
-    """How masks become pictures: probabilities, and ranges that a value is drawn from for each picture."""
-
-    outlined: float = 0.0
-    inverted: float = 0.0  # dark on light
-    contrast: tuple[float, float] = (0.5, 1.0)
-    light: tuple[float, float] = (0.0, 0.2)  # how much lighter one side is than the other
-    noise: tuple[float, float] = (0.08, 0.18)
-
-
-class Task(NamedTuple):
-    """Classes, the function that draws them, and the style of the task's own images."""
-
-    classes: tuple[str, ...]
-    draw: Callable[[Tensor, Generator], Tensor]
-    style: Style
 
 
 @dataclass(frozen=True)
@@ -126,7 +109,7 @@ def run_demo(output: str | Path = "hf_merge_demo", *, seed: int = 0) -> DemoResu
     start = time.perf_counter()
     output = Path(output).expanduser()
     _claim(output)
-    with _calm():
+    with calm():
         models = _trained_models(output, seed)
         tests = {task: _images(task, TEST_IMAGES, _generator(seed, "test")) for task in TASKS}
         rows = [_row("base", _load(models / "base"), tests)]
@@ -144,94 +127,21 @@ def _merge(models: Path, output: Path, method: str, seed: int) -> hf_merge.Merge
     return hf_merge.merge(fine_tunes, output, method=method, seed=seed, overwrite=True, device_map="cpu", **parameters)
 
 
-# ---- images: signed distances to an edge, then a style
+# ---- images
 
 
 def _images(task: str, count: int, generator: Generator, style: Style | None = None) -> tuple[Tensor, Tensor]:
     """Draw images (count, 3, SIZE, SIZE) in [-1, 1] of a task, and their labels among all classes."""
-    labels = torch.randint(len(TASKS[task].classes), (count,), generator=generator)
-    inside = TASKS[task].draw(labels, generator)
-    return _paint(inside, style or TASKS[task].style, generator), labels + _span(task).start
-
-
-def _paint(inside: Tensor, style: Style, generator: Generator) -> Tensor:
-    """Colour (n, SIZE, SIZE) distances, positive inside, with a light from one side and noise."""
-    n = len(inside)
-    chance = torch.rand(n, 2, 1, 1, 1, generator=generator)
-    back, fore = _uniform(-1.0, 0.0, (n, 3, 1, 1), generator), _uniform(0.1, 1.0, (n, 3, 1, 1), generator)
-    contrast, light, noise = (_uniform(*each, (n, 1, 1, 1), generator)
-                              for each in (style.contrast, style.light, style.noise))  # fmt: skip
-    edges = inside[:, None] * 12
-    mask = torch.where(chance[:, 0] < style.outlined, torch.exp(-edges.square()), torch.sigmoid(2 * edges))
-    inverted = chance[:, 1] < style.inverted
-    back, fore = torch.where(inverted, fore, back), torch.where(inverted, back, fore)
-    slope, _ = _turned(*_axes(), _uniform(0, 2 * math.pi, (n, 1, 1), generator))
-    grain = torch.randn(n, 3, SIZE, SIZE, generator=generator)
-    return (back + contrast * (fore - back) * mask + light * slope[:, None] + noise * grain).clamp_(-1, 1)
-
-
-def _shapes(labels: Tensor, generator: Generator) -> Tensor:
-    scale, across, down, turn = (_uniform(*each, (len(labels), 1, 1), generator)
-                                 for each in ((0.55, 0.8), (-0.15, 0.15), (-0.15, 0.15), (-0.2, 0.2)))  # fmt: skip
-    x, y = _axes()
-    x, y = _turned((x - across) / scale, (y - down) / scale, turn)
-    radius, angle = torch.hypot(x, y), torch.atan2(x, -y)
-    sides = [x * math.sin(turn) + y * math.cos(turn) for turn in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
-    beam, pole = torch.minimum(1 - x.abs(), 0.3 - y.abs()), torch.minimum(1 - y.abs(), 0.3 - x.abs())
-    disk, square, triangle = 1 - radius, 0.85 - torch.maximum(x.abs(), y.abs()), 0.5 - torch.stack(sides).amax(0)
-    plus, ring, star = torch.maximum(beam, pole), 0.25 - (radius - 0.75).abs(), 0.65 + 0.35 * (5 * angle).cos() - radius
-    return scale * _pick([disk, square, triangle, plus, ring, star], labels)
-
-
-def _textures(labels: Tensor, generator: Generator) -> Tensor:
-    n = len(labels)
-    frequency, across, down, turn = (_uniform(*each, (n, 1, 1), generator)
-                                     for each in ((9, 16), (-0.15, 0.15), (-0.15, 0.15), (0, math.pi)))  # fmt: skip
-    x, y = _axes()
-    x, y = _turned(x - across, y - down, turn)
-    wave, radius, angle = (frequency * x).sin(), torch.hypot(x, y), torch.atan2(x, y)
-    checker, rings, spokes = 2 * wave * (frequency * y).sin(), (frequency * radius).sin(), (6 * angle).sin()
-    zigzag = (frequency * x + 2.2 * torch.asin(0.99 * (0.8 * frequency * y).sin())).sin()
-    blotches = 2 * F.interpolate(torch.randn(n, 1, 9, 9, generator=generator), SIZE, mode="bicubic")[:, 0]
-    return 0.12 * _pick([wave, checker, rings, spokes, zigzag, blotches], labels)
-
-
-def _counts(labels: Tensor, generator: Generator) -> Tensor:
-    n, dots = len(labels), 6
-    x, y = (axis[:, None] for axis in _axes())
-    cells = torch.rand(n, 9, generator=generator).argsort(1)[:, :dots, None, None]  # of a grid of 3 x 3
-    jitter = _uniform(-0.08, 0.08, (2, n, dots, 1, 1), generator)
-    across, down = 0.62 * (cells % 3 - 1) + jitter[0], 0.62 * (cells // 3 - 1) + jitter[1]
-    inside = _uniform(0.18, 0.28, (n, dots, 1, 1), generator) - torch.hypot(x - across, y - down)
-    shown = torch.arange(dots) <= labels[:, None]
-    return torch.where(shown[:, :, None, None], inside, -1.0).amax(1)
-
-
-def _axes() -> tuple[Tensor, Tensor]:
-    line = torch.linspace(-1, 1, SIZE)
-    return line.view(1, 1, SIZE), line.view(1, SIZE, 1)
-
-
-def _turned(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-
-
-def _pick(drawings: list[Tensor], labels: Tensor) -> Tensor:
-    """Take drawings[labels[i]][i] for each i."""
-    return torch.stack(torch.broadcast_tensors(*drawings))[labels, torch.arange(len(labels))]
-
-
-def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
+    images, labels = TASKS[task].images(count, generator, style)
+    return images, labels + _span(task).start
 
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
-GENERIC = Style(outlined=0.06, inverted=0.2, noise=(0.03, 0.12))
 TASKS = {
-    "shapes": Task(("disk", "square", "triangle", "plus", "ring", "star"), _shapes, Style(outlined=1.0)),
-    "textures": Task(("stripes", "checker", "rings", "spokes", "zigzag", "blotches"), _textures,
+    "shapes": Task(("disk", "square", "triangle", "plus", "ring", "star"), families.shapes, Style(outlined=1.0)),
+    "textures": Task(("stripes", "checker", "rings", "spokes", "zigzag", "blotches"), families.textures,
                      Style(inverted=0.5, contrast=(0.3, 0.8), light=(0.4, 0.8))),
-    "counts": Task(NUMBERS, _counts, Style(inverted=1.0)),
+    "counts": Task(NUMBERS, families.counts, Style(inverted=1.0)),
 }  # fmt: skip
 LABELS = [f"{name}/{each}" for name, task in TASKS.items() for each in task.classes]
 
@@ -265,9 +175,9 @@ def _trained_models(output: Path, seed: int) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir()
     with tqdm(total=PRETRAIN_STEPS + len(TASKS) * FINETUNE_STEPS, desc="Training base", name=__name__) as bar:
-        _save(_pretrain(seed, bar), partial / "base")
+        save(_pretrain(seed, bar), partial / "base")
         for task in TASKS:
-            _save(_finetune(_load(partial / "base"), task, seed, bar), partial / task)
+            save(_finetune(_load(partial / "base"), task, seed, bar), partial / task)
     (partial / MARKER).write_text(made_by, encoding="utf-8")
     os.replace(partial, models)
     return models
@@ -291,7 +201,7 @@ def _pretrain(seed: int, bar: Any) -> ViTForImageClassification:
         images, labels = _generic(PRETRAIN_BATCH, generator)
         return F.cross_entropy(model(images).logits, labels)
 
-    _minimise(loss, model, PRETRAIN_STEPS, PRETRAIN_RATE, bar)
+    minimise(loss, model, PRETRAIN_STEPS, PRETRAIN_RATE, bar.update)
     return model
 
 
@@ -315,20 +225,8 @@ def _finetune(model: ViTForImageClassification, task: str, seed: int, bar: Any) 
 
     bar.set_description(f"Fine-tuning on {task}")
     model.classifier.requires_grad_(False)
-    _minimise(loss, model, FINETUNE_STEPS, FINETUNE_RATE, bar)
+    minimise(loss, model, FINETUNE_STEPS, FINETUNE_RATE, bar.update)
     return model
-
-
-def _minimise(loss: Callable[[], Tensor], model: torch.nn.Module, steps: int, rate: float, bar: Any) -> None:
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        scheduler.step()
-        bar.update()
 
 
 @torch.inference_mode()
@@ -352,17 +250,6 @@ def _claim(output: Path) -> None:
     (output / MARKER).touch()
 
 
-def _save(model: ViTForImageClassification, folder: Path) -> None:
-    """Save a model with its image processor, by hand: making a ViTImageProcessor needs Pillow or torchvision."""
-    model.save_pretrained(folder)
-    processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIZE, "width": SIZE},
-        "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-
-
 def _load(folder: Path) -> ViTForImageClassification:
     from transformers import ViTForImageClassification
 
@@ -373,21 +260,3 @@ def _generator(seed: int, stage: str) -> Generator:
     """A stream of random numbers of its own for each stage."""
     stages = ["base", "test", *TASKS]
     return Generator().manual_seed((seed * len(stages) + stages.index(stage)) % 2**32)
-
-
-@contextmanager
-def _calm() -> Iterator[None]:
-    """Use one thread and a copy of the random state, and keep transformers quiet; put all back at the end."""
-    from transformers.utils import logging as transformers_logging
-
-    threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
-    hook = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs))
-    transformers_logging.set_verbosity_error()
-    torch.set_num_threads(1)  # layers this small gain nothing from a second, and wait for it on a busy machine
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.set_tqdm_hook(hook)

@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+from hf_merge.controls import in_words
 from hf_merge.method import MergeMethod, get_method, list_methods
 
 _PART = re.compile(r"(<!-- derived: (\S+) -->\n).*?(<!-- /derived -->)", re.DOTALL)
-COMMANDS = ("", "merge", "plan", "extract", "measure", "push", "methods", "demo", "search", "search adamerging",
-            "search soup", "deploy", "register")  # fmt: skip
+COMMANDS = ("", "merge", "plan", "check", "extract", "measure", "push", "methods", "demo", "search",
+            "search adamerging", "search soup", "train-router", "deploy", "space", "register")  # fmt: skip
 
 
 def main() -> None:
@@ -61,10 +63,12 @@ def _page(method: MergeMethod) -> str:
         for p in method.parameters.values()
     ]
     table = "\n".join(["| parameter | values | one for each | default | |", "|---|---|---|---|---|", *rows])
+    good_for = f"\n\nGood for: {method.good_for}" if method.good_for else ""
+    words = f"\nWith the defaults: {in_words(method, {})}\n" if method.in_words else ""
     notes = f"\n{method.notes}\n" if method.notes else ""
     return (
         f"## {method.name}\n\n{method.summary} Merges {count} ({method.space}); base: {method.base}. "
-        f"[Source]({method.paper}).\n\n```text\n{method.formula}\n```\n\n{table}\n{notes}"
+        f"[Source]({method.paper}).{good_for}\n\n```text\n{method.formula}\n```\n\n{table}\n{words}{notes}"
     )
 
 
@@ -75,6 +79,7 @@ def cli_help() -> str:
     )
 
 
+@cache
 def _help(command: str) -> str:
     call = [sys.executable, "-m", "hf_merge.cli", *command.split(), "--help"]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}

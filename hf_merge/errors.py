@@ -6,11 +6,12 @@
     │   └── UnknownMethodError
     ├── SourceError          a model cannot be read
     ├── PlanError            the models do not fit together (`.problems` lists all of it)
-    ├── DataError            data that a model cannot be measured on
+    ├── DataError            data that a model cannot be run on
     ├── ComputeError         a tensor cannot be merged (a NaN, buffers that differ)
-    └── OutputError          the result cannot be written
-        ├── OutputExistsError
-        └── PublishError     the Hub does not take it
+    ├── OutputError          the result cannot be written
+    │   ├── OutputExistsError
+    │   └── PublishError     the Hub does not take it
+    └── Cancelled            the caller wants no more of it (raised in `on_progress`)
 
 Every message says what was wrong, what was found and what to do.
 """
@@ -45,7 +46,7 @@ class SourceError(MergeError):
 
 
 class DataError(MergeError):
-    """Data that a model cannot be measured on."""
+    """Data that a model cannot be run on."""
 
 
 class PlanError(MergeError):
@@ -74,6 +75,10 @@ class OutputExistsError(OutputError, FileExistsError):
 
 class PublishError(OutputError):
     """A result that the Hub does not take."""
+
+
+class Cancelled(MergeError):
+    """A merge or an upload that its caller has ended: what to raise in `on_progress`."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hf_merge.errors import SourceError
 from hf_merge.planning import Plan, format_bytes
+from hf_merge.progress import Progress, Report, current
 from hf_merge.sources import Source
 from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.hub import Silent
@@ -61,10 +62,11 @@ def remote_reads(
     steps = (step for step in plan.steps if not skip(step.name))
     reads = (read for step in steps for one in step.reads for read in sources[one.model].origins(one.name))
     pairs = [(source, name) for source, *names in assumed_equal(sources) for name in names] if assumed else []
-    return [(file, inner) for source, name in [*reads, *pairs] for file, inner in _place(source, name)]
+    return [(file, inner) for source, name in [*reads, *pairs] for file, inner in remote_place(source, name)]
 
 
-def _place(source: Source, name: str) -> Iterator[Read]:
+def remote_place(source: Source, name: str) -> Iterator[Read]:
+    """Yield where on the Hub a tensor of a model lies, as it is stored; nothing if it is here."""
     if isinstance(source, Checkpoint):
         file, inner = source.place(name)
         if isinstance(file, RemoteSafetensors):
@@ -149,7 +151,7 @@ def fetching(reads: Sequence[Read], stop: Event) -> Iterator[None]:
     ending = Ending(stop)
     try:
         with _bar(whole) as bar:
-            _start(len(whole), partial(_download, _expected(whole, ending), bar, ending))
+            _start(len(whole), partial(_download, _expected(whole, ending), bar, ending, current()))
             _start(len(streamed), _Ahead(streamed, ending).work)
             yield
     except Stopped:
@@ -174,7 +176,7 @@ def _expected(files: Sequence[RemoteSafetensors], ending: Ending) -> Queue[tuple
     return queue
 
 
-def _download(queue: Queue[tuple[RemoteSafetensors, Future[Any]]], bar: Any, ending: Ending) -> None:
+def _download(queue: Queue[tuple[RemoteSafetensors, Future[Any]]], bar: Any, ending: Ending, report: Report) -> None:
     """Bring one file after the other into the cache; one that fails ends all."""
     while not ending.is_near():
         try:
@@ -182,7 +184,7 @@ def _download(queue: Queue[tuple[RemoteSafetensors, Future[Any]]], bar: Any, end
         except Empty:
             return
         try:
-            coming.set_result(file.fetch(tqdm_class=_shared(bar, ending)).tensor)
+            coming.set_result(file.fetch(tqdm_class=_shared(bar, ending, report)).tensor)
         except BaseException as error:
             ending.failure = ending.failure or (None if isinstance(error, Stopped) else error)
             coming.set_exception(error)
@@ -200,7 +202,7 @@ def _when_there(coming: Future[Callable[[str], Tensor]], ending: Ending, name: s
     return ending.result(coming)(name)
 
 
-def _shared(bar: Any, ending: Ending) -> type[tqdm]:
+def _shared(bar: Any, ending: Ending, report: Report) -> type[tqdm]:
     """Return a progress bar for one file that is shown as a part of another, and ends the download when told to."""
 
     class Part(Silent):
@@ -212,6 +214,7 @@ def _shared(bar: Any, ending: Ending) -> type[tqdm]:
             if ending.is_near():
                 raise Stopped
             bar.update(n or 0)
+            report.tell(Progress("downloading", "", 0, 0, int(bar.n), int(bar.total or 0)))
 
     return Part
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,11 +91,27 @@ class Goal:
             raise OutputError(f"{', '.join(said)} says how to push the model: name push_to_hub= (--push-to-hub) too.")
         return None
 
+    def workplace(self) -> Path:
+        """Name the folder that is made: the target, or a hidden one beside it that nobody else has."""
+        return hidden(self.target) if self.is_away else self.target
+
+    def deliver(self, folder: Path, destination: hub.Destination | None) -> list[str]:
+        """Publish what was made, if it is to be: return repository, commit and address, or nothing."""
+        if destination is None:
+            return []
+        info = (hub.push_folder if self.is_away else push)(folder, destination)  # push says that the folder is whole
+        return [destination.repo_id, info.oid, info.pr_url or info.commit_url]
+
     def refuse_own_input(self, sources: Sequence[Source]) -> None:
         """Raise if the output would take the place of an input."""
         for part in (part for source in sources for part in source.parts):
             if isinstance(part, Checkpoint) and part.path.resolve().is_relative_to(self.target.resolve()):
                 raise OutputError(f"'{self.target}' is or holds the input '{part.label}': choose another name.")
+
+
+def hidden(target: Path) -> Path:
+    """Name a folder beside the target that nobody else has."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
 
 
 def push(folder: Path, destination: hub.Destination) -> CommitInfo:

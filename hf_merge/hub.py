@@ -38,10 +38,13 @@ from huggingface_hub.hf_api import RepoFile, RepoSibling
 from huggingface_hub.utils import logging, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from hf_merge import progress
 from hf_merge.answers import FAILURES, PASS_A_TOKEN, endpoint, in_words, no_token, reason
 from hf_merge.card import with_checksums, with_name, without_paths
 from hf_merge.errors import MergeError, OutputExistsError, PublishError, shown
+from hf_merge.progress import OnProgress, reported
 from hf_merge.recipe import Recipe
+from hf_merge.sending import Addition, send_telling
 from hf_merge.sources.weights import PICKLES
 from hf_merge.types import ModelRef
 from hf_merge.writer import CARRIED, RECIPE_FILE, RECIPE_KEY, WEIGHTS
@@ -54,6 +57,7 @@ _IGNORE_NOTHING = "# every file counts\n"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
+@reported
 def push_to_hub(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -64,6 +68,7 @@ def push_to_hub(
     commit_message: str | None = None,
     exist_ok: bool = False,
     token: str | bool | None = None,
+    on_progress: OnProgress | None = None,
 ) -> CommitInfo:
     """Publish a folder on the Hub, as one commit: a model, an adapter, a recipe.
 
@@ -82,10 +87,13 @@ def push_to_hub(
         commit_message: the first line of the commit.
         exist_ok: replace the model that is there.
         token: one that may write, as everywhere in huggingface_hub.
+        on_progress: is given a `Progress` a few times a second, until the commit is made. What it raises (`Cancelled`,
+            say) ends the push.
 
     Raises:
         OutputExistsError: there is a model already.
         PublishError: the Hub does not take it. What it held is as it was; the same call goes on.
+        What `on_progress` raises: as it is; the Hub holds what it held.
     """
     place = Path(folder).expanduser()
     with in_words(repo_id, token):
@@ -110,6 +118,8 @@ def push_folder(
         additions[RECIPE_FILE] = CommitOperationAdd(RECIPE_FILE, recipe.encode())
     if ADAPTER_CONFIG in additions:
         additions[ADAPTER_CONFIG] = CommitOperationAdd(ADAPTER_CONFIG, _without_path(folder / ADAPTER_CONFIG))
+    for name in (name for name in additions if name.startswith("experts/") and name.endswith(f"/{ADAPTER_CONFIG}")):
+        additions[name] = CommitOperationAdd(name, _over_base(folder / name, destination.repo_id))
     destination.refuse_occupied(lambda: destination.holds(additions, card))
     if card:
         destination.check_card(card)
@@ -305,6 +315,14 @@ class Destination:
             gitignore_content=_IGNORE_NOTHING,
         )  # fmt: skip
 
+    def _send_telling(self, additions: Sequence[CommitOperationAdd]) -> None:
+        """Upload what is large, and let whoever listens know how far that is."""
+        report = progress.current()
+        if report.listener is None:
+            self.send(additions)
+        elif additions:
+            send_telling(additions, self.send, report)
+
     def commit(
         self,
         additions: Mapping[str, CommitOperationAdd],
@@ -324,11 +342,13 @@ class Destination:
         carried = carried or {}
         with self.in_words():
             copies = self._copies(additions, recipe) if recipe else {}
-            self.send([each for path, each in additions.items() if path not in copies])
+            send = self.send if carried else self._send_telling  # what was carried is told already, the rest is small
+            send([each for path, each in additions.items() if path not in copies])
             everything = {**additions, **carried}
             if card:
                 everything[CARD] = _card_addition(card, everything)
                 self.send([everything[CARD]])
+            progress.current().again()  # the last time that a listener can end it
             try:
                 return self._commit({**everything, **copies})
             except FAILURES as error:
@@ -391,7 +411,7 @@ def folder_contents(folder: Path) -> dict[str, CommitOperationAdd]:
     shown = {name: path for name, path in paths.items() if not _is_hidden(name) or name.startswith(".eval_results/")}
     if not shown:
         raise PublishError(f"There is nothing to publish at '{folder}': name a folder with a model in it.")
-    return {name: CommitOperationAdd(name, path) for name, path in shown.items()}
+    return {name: Addition(name, path) for name, path in shown.items()}
 
 
 def shared_recipe(folder: Path) -> str | None:
@@ -412,6 +432,12 @@ def _without_path(config: Path) -> bytes:
             told["base_model_name_or_path"] = Path(named).name
             return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
     return text
+
+
+def _over_base(config: Path, base: str) -> bytes:
+    """Return an adapter's config with another name for its base."""
+    told = {**json.loads(config.read_bytes()), "base_model_name_or_path": base}
+    return (json.dumps(told, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def _recipe_in(weights: Path) -> str | None:

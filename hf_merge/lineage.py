@@ -89,6 +89,23 @@ def licence_in_words(parts: Sequence[Part], verdict: Verdict) -> list[str]:
     return told
 
 
+def licence_in_a_sentence(parts: Sequence[Part]) -> str:
+    """Say which licence a merge of these parts may carry, or why that is not known."""
+    verdict = licence_of(parts)
+    if verdict.conflicts:
+        return f"The licences do not go together: {'; '.join(verdict.conflicts)}."
+    if verdict.licence is None:
+        reasons: dict[str, list[str]] = {}
+        for name, _, reason in _unknown(parts):
+            reasons.setdefault(reason, []).append(name)
+        told = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+        return f"The licence of the result is not known. {'; '.join(told)}".rstrip() + "." * bool(told)
+    shown = verdict.licence if verdict.licence != OTHER else verdict.name
+    laxer = [one.word for one in verdict.known if one.word != shown]
+    beside = f", the strictest: others carry {', '.join(laxer)}" if laxer else ", as all of its models do"
+    return f"The result carries {shown}{beside}."
+
+
 def licence_problems(parts: Sequence[Part]) -> Iterator[Problem]:
     """Warn of licences in conflict, and of unknown ones of models that are public or whose card names one.
 

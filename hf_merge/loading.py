@@ -14,6 +14,7 @@ from huggingface_hub.utils import logging
 
 from hf_merge import _compat
 from hf_merge.errors import MergeError, OutputError, ParameterError, RecipeError, did_you_mean
+from hf_merge.execute import compiled
 from hf_merge.fetch import check_assumed, check_downloads, fetching, remote_reads
 from hf_merge.lazy import MergedSlice, Mergers
 from hf_merge.method import get_method, list_methods
@@ -127,7 +128,7 @@ def _loaded(
     wanted = replace(plan, steps=tuple(steps[name] for name in names))
     reads, stop = remote_reads(wanted, sources), Event()
     check_downloads(reads)
-    with fetching(reads, stop), Mergers(wanted, sources, stop) as mergers:
+    with compiled(wanted), fetching(reads, stop), Mergers(wanted, sources, stop) as mergers:
         found = _from_pretrained(model_class, mergers.slices(names), words)
         check_assumed(sources)
     return found

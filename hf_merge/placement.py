@@ -50,10 +50,14 @@ def place(plan: Plan, device_map: DeviceMap = "auto", max_memory: MaxMemory | No
     used = {*fitting.values()}
     return replace(
         plan,
-        steps=tuple(replace(step, device=fitting[step.name]) for step in plan.steps),
+        steps=tuple(_on(step, fitting[step.name]) for step in plan.steps),
         budgets={device: size for device, size in budgets.items() if device in used},
         problems=(*plan.problems, *problems),
     )
+
+
+def _on(step: Step, device: str) -> Step:
+    return step if step.device == device else replace(step, device=device)
 
 
 def check_devices(devices: Iterable[str]) -> None:
@@ -125,13 +129,13 @@ def _sizes(max_memory: MaxMemory) -> dict[int | str, int]:
 def _wanted(plan: Plan, device_map: DeviceMap, given: Mapping[int | str, int] | None) -> dict[str, str]:
     """Return the device of every tensor as the map says, whether it has room or not."""
     if isinstance(device_map, Mapping):
-        live = live_names(plan.config, plan.specs)
-        return {name: _longest_prefix([live.get(name, name), name], device_map) for name in plan.specs}
+        live = live_names(plan.config, plan.model_specs)
+        return {name: _longest_prefix([live.get(name, name), name], device_map) for name in plan.model_specs}
     if device_map not in WORDS:
-        return dict.fromkeys(plan.specs, _device(device_map))
+        return dict.fromkeys(plan.model_specs, _device(device_map))
     if device_map == "auto" and given is None:
         return _by_cost(plan, _accelerators())
-    found = loaded_devices(plan.config, plan.specs, str(device_map), given)
+    found = loaded_devices(plan.config, plan.model_specs, str(device_map), given)
     return _by_bytes(plan, str(device_map), given) if found is None else _completed(plan, found)
 
 
@@ -149,9 +153,9 @@ def _longest_prefix(names: list[str], device_map: Mapping[str, int | str | torch
 
 def _completed(plan: Plan, found: Mapping[str, int | str]) -> dict[str, str]:
     """Give tensors that the model has no place for to the device of the one before them."""
-    last = next((found[name] for name in plan.specs if name in found), "cpu")
+    last = next((found[name] for name in plan.model_specs if name in found), "cpu")
     wanted: dict[str, str] = {}
-    for name in plan.specs:
+    for name in plan.model_specs:
         last = found.get(name, last)
         wanted[name] = _device(last)
     return wanted
@@ -169,7 +173,7 @@ def _groups(plan: Plan) -> list[list[Step]]:
 def _by_cost(plan: Plan, accelerators: list[str]) -> dict[str, str]:
     """Give what takes more than one pass over its entries to the accelerator with the fewest bytes so far."""
     if not accelerators:
-        return dict.fromkeys(plan.specs, "cpu")
+        return dict.fromkeys(plan.model_specs, "cpu")
     load, found = dict.fromkeys(accelerators, 0), {}
     for group in _groups(plan):
         device = min(load, key=lambda one: load[one]) if any(map(_is_costly, group)) else "cpu"

@@ -6,30 +6,35 @@ Nothing here reads a value of a tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from hf_merge.aliases import told_alias
 from hf_merge.checking import idle_parameters
 from hf_merge.configuration import restacked, with_dtype
 from hf_merge.errors import OutputError
 from hf_merge.findings import Findings
+from hf_merge.forms import NOTHING, Form
 from hf_merge.measured import MeasuredInputs
 from hf_merge.method import LAMBDA, MergeMethod, get_method
 from hf_merge.outline import Cut, Outline, Participant, Target
 from hf_merge.passes import first_passes
 from hf_merge.planning import (
     MAX_SHARD_SIZE,
+    SHARED,
     SINGLE_FILE,
     Input,
     Plan,
     Problem,
     Step,
+    Tasks,
     compute_dtype,
     default_workers,
+    kept_as,
     most_common_dtype,
     working_memory,
 )
@@ -46,6 +51,7 @@ def make_plan(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     workers: int | None = None,
     problems: Sequence[Problem] = (),
+    tasks: Tasks | None = None,
 ) -> Plan:
     """Decide how every output tensor comes about.
 
@@ -55,8 +61,9 @@ def make_plan(
         max_shard_size: bytes, or `"5GB"`.
         workers: how many tensors are worked on at a time, for the estimate of memory; see `default_workers`.
         problems: what was found before.
+        tasks: of a merge with task experts.
     """
-    planner = _Planner(recipe, sources)
+    planner = _Planner(recipe, sources, tasks)
     steps = tuple(planner.step(target) for target in planner.outline.targets())
     specs = {step.name: step.spec for step in steps}
     config, doubts = planner.config(specs)
@@ -73,6 +80,7 @@ def make_plan(
         bytes_read=sum(planner.bytes_read(step) for step in steps) + sum(one.bytes_read for one in passes),
         peak_memory=(workers or default_workers()) * max((planner.memory(step) for step in steps), default=0),
         passes=passes,
+        tasks=tasks,
     )
 
 
@@ -88,8 +96,8 @@ class _Cast:
 class _Planner:
     """What holds for all tensors of a merge, and what is found on the way through them."""
 
-    def __init__(self, recipe: Recipe, models: Mapping[Ref, SourceLike]):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, models: Mapping[Ref, SourceLike], tasks: Tasks | None = None):
+        self.recipe, self.tasks = recipe, tasks
         self.refs, self.sources = list(models), list(models.values())
         self.donor_place = self.refs.index(recipe.donor)
         self.donor = self.sources[self.donor_place]
@@ -135,10 +143,12 @@ class _Planner:
         if not target.spec.dtype.is_floating_point:
             return self._copy(target, cast, rule)
         holders = tuple(one for one in cast.inputs if self._has(one, target))
-        if len(holders) < len(cast.inputs) and self.recipe.keys != "union":
+        apart = self.tasks is not None and target.name in self.tasks.apart
+        if len(holders) < len(cast.inputs) and self.recipe.keys != "union" and not apart:
             for one in set(range(len(cast.inputs))) - {cast.inputs.index(holder) for holder in holders}:
                 self.findings.lacks(cast.inputs[one].place, target.name)
-        if len(holders) < cast.method.least or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
+        few = len(holders) < cast.method.least
+        if apart or few or (len(holders) < len(cast.inputs) and self.recipe.missing == "base"):
             holders = (self._lead(target),)
             cast = _Cast(get_method("passthrough"), holders, None)
         if cast.base and not self._has(cast.base, target):
@@ -152,7 +162,18 @@ class _Planner:
         written = TensorSpec(target.spec.shape, self.dtype or _common_dtype(specs))
         settings = self._settings(cast.method, target, holders, rule)
         inputs, base = self._inputs(target, holders, cast.base)
-        return Step(target.name, cast.method.name, inputs, base, settings, written, measured=measured)
+        step = Step(target.name, cast.method.name, inputs, base, settings, written, measured=measured)
+        form = cast.method.form(written.shape, len(holders), settings)
+        return step if form is None else self._with_experts(step, form if written.numel else NOTHING)
+
+    def _with_experts(self, step: Step, form: Form) -> Step:
+        """Say as what is written that a task has of its own."""
+        assert self.tasks is not None
+        tasks = {self.refs.index(model): name for name, model in zip(self.tasks.names, self.tasks.models, strict=True)}
+        fields = form.fields(step.spec)
+        experts = tuple({f: kept_as(tasks[one.model], step.name, f) for f in fields} for one in step.inputs)
+        shared = kept_as(SHARED, step.name, SHARED) if form.needs_shared else None
+        return replace(step, form=form, experts=experts, shared=shared)
 
     def _inputs(
         self, target: Target, holders: Sequence[Participant], base: Participant | None
@@ -262,7 +283,8 @@ class _Planner:
         if self.recipe.lines and not any(LAMBDA.name in cast.method.parameters for cast in self.casts.values()):
             yield Problem("error", f"lines: scales task vectors, and '{self.recipe.merge_method}' has none: drop it.")
         for name, method in idle_parameters(self.recipe):
-            yield Problem("warning", f"'{name}' has no effect: '{method}' has no such parameter.")
+            hint = told_alias(name, get_method(method).parameters)
+            yield Problem("warning", f"'{name}' has no effect: '{method}' has no such parameter.{hint}")
         for rule in self.recipe.rules:
             if id(rule) not in self.matched:
                 yield Problem("warning", f"The rule '{rule.pattern}' matches no tensor.")
@@ -295,7 +317,7 @@ class _Planner:
 
 def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
     """The smallest dtype that holds all inputs."""
-    return reduce(torch.promote_types, [spec.dtype for spec in specs])
+    return reduce(torch.promote_types, {spec.dtype for spec in specs})
 
 
 def _lay_out(

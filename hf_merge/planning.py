@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from hf_merge.errors import PlanError
+from hf_merge.forms import Form
 from hf_merge.method import get_method
 from hf_merge.recipe import Recipe
 from hf_merge.types import Ref, TensorSpec
@@ -29,6 +30,9 @@ TILE = 1 << 18
 
 DEVICE_TILE = 1 << 24
 """The same on an accelerator: large enough that starting its kernels costs nothing beside their arithmetic."""
+
+_SHARING = 8
+"""How many tensors have tiles of full size at a time; more share their room, so that many models take no more of it."""
 
 RATES = {"network": 100e6, "disk": 1e9}
 """Bytes a second that estimates of time take for granted."""
@@ -61,6 +65,37 @@ class Problem:
         return f"{self.severity}: {self.text}"
 
 
+EXPERTS = "experts/"
+"""How the names of all begin that is kept for task experts."""
+SHARED = "shared"
+"""What stands in the place of a task for what all of them share."""
+
+
+def kept_for(task: str) -> str:
+    """Return how the names of all begin that is kept for a task."""
+    return f"{EXPERTS}{task}/"
+
+
+def kept_as(task: str, tensor: str, field: str) -> str:
+    """Name what is kept of a tensor for a task, beside the tensors of the backbone."""
+    return f"{kept_for(task)}{tensor}:{field}"
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a merge with task experts.
+
+    Attributes:
+        names: of the tasks.
+        models: of which model each is.
+        apart: tensors that are not merged: of one task each, or of the base alone.
+    """
+
+    names: tuple[str, ...]
+    models: tuple[Ref, ...]
+    apart: frozenset[str]
+
+
 class Input(NamedTuple):
     """A tensor of a model.
 
@@ -87,6 +122,9 @@ class Step:
         device: where it is computed.
         measured: by the name of a statistic, where each model has it: the model's place, and the name there.
         known: what the first pass found, once that was made: the method's numbers over the whole model.
+        form: in which task experts are kept, of a method that has these.
+        experts: for each task by the name of a field of that form, as what it is written.
+        shared: as what the vector is written that all task experts share, if the form needs one.
     """
 
     name: str
@@ -98,6 +136,19 @@ class Step:
     device: str = "cpu"
     known: Mapping[str, Any] | None = None
     measured: Mapping[str, tuple[Input, ...]] = field(default_factory=dict)
+    form: Form | None = None
+    experts: tuple[Mapping[str, str], ...] = ()
+    shared: str | None = None
+
+    @cached_property
+    def outputs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of all that it gives: its tensor, and what is kept for task experts."""
+        if self.form is None:
+            return {self.name: self.spec}
+        kept = self.form.fields(self.spec)
+        shared = {} if self.shared is None else {self.shared: self.spec}
+        experts = {name: kept[key] for names in self.experts for key, name in names.items()}
+        return {self.name: self.spec, **shared, **experts}
 
     @property
     def reads(self) -> tuple[Input, ...]:
@@ -199,6 +250,7 @@ class Plan:
         budgets: bytes of working memory that all tensors together may take at a time, by device; no bound for others.
         adapter: what is written of it as an adapter, in words; nothing for a model.
         passes: what is read before the first tensor is merged.
+        tasks: of a merge with task experts.
     """
 
     recipe: Recipe
@@ -216,6 +268,7 @@ class Plan:
     budgets: Mapping[str, int] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
     passes: tuple[FirstPass, ...] = ()
+    tasks: Tasks | None = None
 
     def layers(self, name: Callable[[Ref], str] = str) -> list[str]:
         """Say where rearranged layers come from: `model.layers: 48, like 0-23 of org/a, 8-31 of org/b`."""
@@ -234,18 +287,23 @@ class Plan:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every output tensor."""
+        """Shape and dtype of every output tensor, those of task experts among them."""
+        return {name: spec for step in self.steps for name, spec in step.outputs.items()}
+
+    @cached_property
+    def model_specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor of the model itself."""
         return {step.name: step.spec for step in self.steps}
 
     @cached_property
     def by_file(self) -> tuple[Step, ...]:
         """The steps in the order of the files, so that each file is whole before many others are begun."""
         place = {name: index for index, names in enumerate(self.shards.values()) for name in names}
-        return tuple(sorted(self.steps, key=lambda step: place[step.name]))
+        return tuple(sorted(self.steps, key=lambda step: place.get(step.name, len(place))))
 
-    @property
+    @cached_property
     def bytes_written(self) -> int:
-        return sum(step.spec.nbytes for step in self.steps)
+        return sum(spec.nbytes for spec in self.specs.values())
 
     @property
     def bytes_downloaded(self) -> int:
@@ -259,7 +317,7 @@ class Plan:
     @cached_property
     def dtype(self) -> torch.dtype | None:
         """The dtype of most of the written bytes, as config.json states it."""
-        return most_common_dtype(self.specs.values())
+        return most_common_dtype(step.spec for step in self.steps)
 
     def check(self) -> Plan:
         """Return the plan if it can be executed.
@@ -307,12 +365,28 @@ class Plan:
         return "\n".join(_describe(self))
 
 
+def tile_of(step: Step, tile: int = TILE) -> int:
+    """Return how many elements of a step its method sees at a time: some, whole rows, or all.
+
+    Beyond `_SHARING` tensors, these share the room of so many. A tile of a mask with a bit for each element is whole
+    bytes.
+    """
+    share = max(1, tile * _SHARING // max(len(step.reads), _SHARING))
+    method = get_method(str(step.method))
+    if method.tiled(step.settings):
+        return share // 8 * 8 or share
+    if method.by_rows(step.settings) and len(step.spec.shape) > 1 and step.spec.numel:
+        row = step.spec.numel // step.spec.shape[0]
+        return row * max(1, share // row)
+    return max(step.spec.numel, 1)
+
+
 def working_memory(step: Step, tile: int = TILE) -> int:
     """Estimate the bytes that computing a step in tiles of so many elements takes beside its inputs and its output."""
     if step.method is None:
         return 0
     method = get_method(step.method)
-    elements = min(step.spec.numel, tile) if method.tiled(step.settings) else step.spec.numel
+    elements = min(step.spec.numel, tile_of(step, tile))
     temporaries = (2 * len(step.inputs) + 4) * (2 if method.wide else 1)
     return elements * (len(step.reads) + temporaries) * compute_dtype([step.spec.dtype]).itemsize
 
@@ -325,7 +399,7 @@ def memory_on_device(step: Step) -> int:
     if step.method is None or torch.device(step.device).type == "cpu":
         return working_memory(step)
     method, numel = get_method(step.method), step.spec.numel
-    several = method.reductions and method.tiled(step.settings) and numel > DEVICE_TILE
+    several = method.reductions and numel > tile_of(step, DEVICE_TILE)
     held = len(step.reads) * numel * compute_dtype([step.spec.dtype]).itemsize if several else 0
     return working_memory(step, DEVICE_TILE) + held
 
@@ -349,15 +423,20 @@ def most_common_dtype(specs: Iterable[TensorSpec]) -> torch.dtype | None:
     return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
+_ALWAYS_TOLD = ("name", "method", "inputs", "base", "settings", "spec", "device")
+
+
 def _step_to_dict(step: Step) -> dict[str, Any]:
     spec = {"shape": list(step.spec.shape), "dtype": str(step.spec.dtype).removeprefix("torch.")}
-    said = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("known", "measured")}
-    return {**said, "spec": spec, **({"measured": step.measured} if step.measured else {})}
+    said = {name: getattr(step, name) for name in _ALWAYS_TOLD}
+    kept = {"form": repr(step.form), "experts": step.experts, "shared": step.shared} if step.form else {}
+    return {**said, "spec": spec, **({"measured": step.measured} if step.measured else {}), **kept}
 
 
 def _describe(plan: Plan) -> Iterator[str]:
     """Yield the lines of a plan for people."""
-    methods = Counter(step.method or "copied, all models agree" for step in plan.steps)
+    copied = "as they are" if plan.tasks else "copied, all models agree"
+    methods = Counter(step.method or copied for step in plan.steps)
     count = len(plan.recipe.merged)
     yield f"Merge of {count} model{'s' * (count != 1)} by {plan.recipe.merge_method}"
     rows = {
@@ -392,7 +471,20 @@ def _written_in_words(plan: Plan) -> dict[str, str]:
     """Say what is written: files of weights, or an adapter."""
     if plan.adapter:
         return {key: value for key, value in plan.adapter.items() if isinstance(value, str)}
+    if plan.tasks:
+        return _experts_in_words(plan, plan.tasks)
     return {"write": f"{format_bytes(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"}
+
+
+def _experts_in_words(plan: Plan, tasks: Tasks) -> dict[str, str]:
+    """Say how large backbone and experts are."""
+    sizes = {name: sum(spec.nbytes for key, spec in plan.specs.items() if key.startswith(kept_for(name)))
+             for name in (SHARED, *tasks.names)}  # fmt: skip
+    shared, written = sizes.pop(SHARED), format_bytes(plan.bytes_written)
+    told = {"tasks": ", ".join(f"{name} ({format_bytes(size)})" for name, size in sizes.items())}
+    told |= {"shared": format_bytes(shared)} if shared else {}
+    backbone = format_bytes(plan.bytes_written - shared - sum(sizes.values()))
+    return {**told, "write": f"{written}, of which {backbone} are the backbone"}
 
 
 def _devices_in_words(plan: Plan) -> Iterator[str]:

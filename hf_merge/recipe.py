@@ -47,6 +47,7 @@ from hf_merge.schema import (
     ModelEntry,
     Models,
     Module,
+    Names,
     Part,
     Pattern,
     RankOrSum,
@@ -107,6 +108,9 @@ class Recipe(Part):
         space: where adapters are merged with each other: in the joint spaces of their factors (core, the default), as
             full matrices, or A and B apart (factors), which is what PEFT's `linear` does and is wrong but for
             adapters that share one of them.
+        tasks: what the tasks are called, of a method with task experts; the models' names if not given.
+        heads: patterns of names of tensors that belong to one task each and are not merged, of such a method; if not
+            given, what transformers' class has on top of its backbone, and what not all models have in one shape.
         name: by which other documents of the same file refer to the result.
         stages: the other documents: named merges whose results this one merges.
     """
@@ -136,6 +140,8 @@ class Recipe(Part):
     keep_rest: bool | None = None
     vllm: bool = False
     space: Literal["core", "full", "factors"] | None = None
+    tasks: Names | None = None
+    heads: Names | None = None
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
 

@@ -1,6 +1,6 @@
-"""Lets transformers' Auto classes know recipe repos as soon as both libraries are imported, in whichever order.
+"""Lets transformers' Auto classes know recipe repos, and PEFT task experts, in whichever order they are imported.
 
-Nothing is imported for it: where transformers comes later, its modules are seen to when they are done.
+Nothing is imported for it: where the other library comes later, its modules are seen to when they are done.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ MODEL_TYPE = "hf_merge"
 """What config.json of a recipe repo says; `auto` and `recipe_repo` read it."""
 
 _AUTO = "transformers.models.auto"
-_AWAITED = {f"{_AUTO}.configuration_auto": "register_config", f"{_AUTO}.modeling_auto": "register_models"}
-"""Modules of transformers, each with the function of `hf_merge.auto` that it is good for."""
+_RECIPES, _EXPERTS = "transformers' Auto classes will not know recipe repos", "PEFT will not know task experts"
+_AWAITED = {
+    f"{_AUTO}.configuration_auto": ("hf_merge.auto", "register_config", _RECIPES),
+    f"{_AUTO}.modeling_auto": ("hf_merge.auto", "register_models", _RECIPES),
+    "peft": ("hf_merge.experts", "register", _EXPERTS),
+}
+"""Modules of others, each with the function of ours that it is good for, and what is lost where that fails."""
 
 
 def register_when_imported() -> None:
-    """Register now what transformers has imported already, and the rest when it is."""
+    """Register now with what is imported already, and with the rest when it is."""
     for name in _AWAITED:
         if name in sys.modules:
             _register(name)
@@ -31,10 +36,11 @@ def register_when_imported() -> None:
 
 
 def _register(name: str) -> None:
+    module, function, loss = _AWAITED[name]
     try:
-        getattr(importlib.import_module("hf_merge.auto"), _AWAITED[name])()
+        getattr(importlib.import_module(module), function)()
     except Exception as error:  # this is inside somebody's `import transformers`
-        logging.getLogger(__name__).warning("transformers' Auto classes will not know recipe repos: %s", error)
+        logging.getLogger(__name__).warning("%s: %s", loss, error)
 
 
 class _Finder:

@@ -13,6 +13,7 @@ from hf_merge import hub
 from hf_merge.errors import MergeError, PublishError
 from hf_merge.evaluation import with_results
 from hf_merge.planning import Plan
+from hf_merge.progress import OnProgress
 from hf_merge.sources.folder import read_json
 
 
@@ -99,6 +100,7 @@ class MergedModel:
         commit_message: str | None = None,
         exist_ok: bool = False,
         token: str | bool | None = None,
+        on_progress: OnProgress | None = None,
     ) -> CommitInfo:
         """Publish it on the Hub, as one commit; see `hf_merge.push_to_hub`.
 
@@ -112,7 +114,7 @@ class MergedModel:
             )
         return hub.push_to_hub(
             self.path, repo_id, private=private, create_pr=create_pr, revision=revision,
-            commit_message=commit_message, exist_ok=exist_ok, token=token,
+            commit_message=commit_message, exist_ok=exist_ok, token=token, on_progress=on_progress,
         )  # fmt: skip
 
 
@@ -161,3 +163,24 @@ class MergedAdapter(MergedModel):
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
             return PeftModel.from_pretrained(model, str(self.repo_id), revision=self.commit, **token)
         return PeftModel.from_pretrained(model, self.path)
+
+
+@dataclass(frozen=True)
+class MergedModelWithExperts(MergedModel):
+    """A backbone with task experts, on disk or on the Hub.
+
+    Attributes:
+        tasks: their names.
+    """
+
+    tasks: tuple[str, ...] = ()
+
+    def load(self, **kwargs: Any) -> Any:
+        """Load it as a `RoutedModel`; see `hf_merge.load_experts`.
+
+        Args:
+            **kwargs: of `load_experts`.
+        """
+        from hf_merge.experts.loading import load_experts
+
+        return load_experts(str(self.path or self.repo_id), **{"revision": self.commit, **kwargs})

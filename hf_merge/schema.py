@@ -76,6 +76,8 @@ def _as_targets(value: Any) -> Any:
 
 
 RankOrSum = Annotated[Any, BeforeValidator(_as_rank)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""A list of names, or one alone."""
 Targets = Annotated[tuple[str, ...], BeforeValidator(_as_targets)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -52,15 +52,19 @@ def pictures(plan: Plan, names: Sequence[str]) -> str:
 
 
 def _values(steps: Iterable[Step]) -> dict[Key, dict[str, Series]]:
-    """Gather each parameter's values over the layers, for each name that a tensor has within its layer."""
+    """Gather each parameter's values over the layers, for each name that a tensor has within its layer.
+
+    Parameters that all tensors have in common are left out, as there is nothing to draw.
+    """
+    varying = _varying(steps)
     found: dict[Key, dict[str, dict[int, float]]] = {}
     depth: dict[str, int] = {}
-    for step in steps:
+    for step in steps if varying else ():
         stack, layer, rest = layer_of(step.name)
         if layer is None or step.method is None:
             continue
         depth[stack] = max(depth.get(stack, 0), layer + 1)
-        for parameter, model, value in _settings(step):
+        for parameter, model, value in _settings(step, varying):
             found.setdefault((stack, parameter, model), {}).setdefault(rest.lstrip("."), {})[layer] = value
     return {
         key: {rest: tuple(values.get(layer) for layer in range(depth[key[0]])) for rest, values in by_rest.items()}
@@ -68,11 +72,17 @@ def _values(steps: Iterable[Step]) -> dict[Key, dict[str, Series]]:
     }
 
 
-def _settings(step: Step) -> Iterator[tuple[str, int | None, float]]:
-    """Yield the numbers among a step's settings, with the model that each is of."""
+def _varying(steps: Iterable[Step]) -> set[str]:
+    """Name the settings that are not the same in all steps."""
+    first: dict[str, Any] = {}
+    return {name for step in steps for name, value in step.settings.items() if first.setdefault(name, value) != value}
+
+
+def _settings(step: Step, names: Container[str]) -> Iterator[tuple[str, int | None, float]]:
+    """Yield the numbers among some of a step's settings, with the model that each is of."""
     method = get_method(str(step.method))
     for name, value in step.settings.items():
-        if name not in method.parameters:
+        if name not in names or name not in method.parameters:
             continue  # seeds differ everywhere
         per_model = method.parameters[name].per_model
         models = [each.model for each in step.inputs] if per_model else [None]

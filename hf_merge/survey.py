@@ -31,7 +31,7 @@ def surveyed(plan: Plan, sources: Sequence[Source]) -> Plan:
     """
     sizes = download_sizes(remote_reads(plan, sources))
     parts = {id(part): part for source in sources if not source.is_reference for part in source.parts}
-    facts = tuple(_facts(part, sizes.get(part.public_id or "", 0)) for part in parts.values())
+    facts = tuple(facts_of(part, sizes.get(part.public_id or "", 0)) for part in parts.values())
     made = replace(plan, facts=facts)
     if plan.errors:
         return made
@@ -43,7 +43,13 @@ def surveyed(plan: Plan, sources: Sequence[Source]) -> Plan:
     return replace(made, seconds={what: round(count, 3) for what, count in seconds.items()})
 
 
-def _facts(part: Source, download: int) -> ModelFacts:
+def facts_of(part: Source, download: int = 0) -> ModelFacts:
+    """Say what is known of a model from headers, config and card.
+
+    Args:
+        part: the model; of one with adapters, what is told of is the whole.
+        download: bytes that a merge fetches of it.
+    """
     dtype = most_common_dtype(part.specs.values())
     return ModelFacts(
         name=part.label,

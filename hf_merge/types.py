@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -23,11 +24,13 @@ class Stack(tuple[Tensor, ...]):
 
     Attributes:
         start: index of the first element in its tensor, or in the whole model if a reduction went over that.
+        whole: how many elements its tensor has, also where a reduction goes over the whole model.
         base: the base model's weight for these elements, if the recipe has a base.
         measured: by name, what was measured of every model: for these elements, or for the whole tensor.
     """
 
     start: int
+    whole: int
     base: Tensor | None
     measured: Mapping[str, Stack]
 
@@ -36,11 +39,13 @@ class Stack(tuple[Tensor, ...]):
         tensors: Iterable[Tensor],
         *,
         start: int = 0,
+        whole: int | None = None,
         base: Tensor | None = None,
         measured: Mapping[str, Stack] | None = None,
     ) -> Stack:
         stack = super().__new__(cls, tensors)
         stack.start, stack.base, stack.measured = start, base, measured or {}
+        stack.whole = whole if whole is not None else stack[0].numel() if stack else 0
         return stack
 
 
@@ -171,11 +176,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd
 
-from hf_merge import _compat
+from hf_merge import _compat, progress
 from hf_merge.errors import PublishError
 from hf_merge.hub import CARD, Destination, folder_contents, noted
+from hf_merge.progress import EVERY, Progress
+from hf_merge.sending import Addition
 from hf_merge.writer import CARRIED, RECIPE_FILE
 
 AT_ONCE = 2
@@ -37,6 +39,9 @@ class Uploads:
         self._sent: dict[str, CommitOperationAdd] = {}
         self._earlier: set[str] = set()
         self._here: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._current: Addition | None = None
+        self._unwanted = Event()
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._changed = Condition()
         self._failure: BaseException | None = None
@@ -68,6 +73,8 @@ class Uploads:
 
     def take(self, file: str) -> None:
         """Upload a whole file, in the background."""
+        with self._changed:
+            self._sizes[file] = (self._folder / file).stat().st_size
         self._queue.put(file)
 
     def stop(self) -> None:
@@ -75,12 +82,13 @@ class Uploads:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        self._unwanted.set()
         self._queue.put(None)
 
     def complete(self) -> None:
         """Wait for the uploads, and commit them with all that lies in the folder."""
         self._queue.put(None)
-        self._thread.join()
+        self._wait(progress.current())
         self._raise_failure()
         with self.destination.in_words():
             additions = folder_contents(self._folder)
@@ -99,6 +107,20 @@ class Uploads:
                 ) from error
             raise
 
+    def _wait(self, report: progress.Report) -> None:
+        """Wait until all are on the Hub, and tell how far that is."""
+        while self._thread.is_alive():
+            self._thread.join(EVERY)
+            report.tell(self._progress())
+
+    def _progress(self) -> Progress:
+        with self._changed:
+            sizes = self._sizes | {file: int(about["size"]) for file, about in self.taken.items()}
+            sent, current = list(self._sent), self._current
+        out = sum(sizes[file] for file in sent) + (current.read if current else 0)
+        name, size = (current.path_in_repo if current else ""), sum(sizes.values())
+        return Progress("uploading", name, len(sent), len(sizes), min(out, size), size)
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -116,12 +138,13 @@ class Uploads:
     def _send(self, file: str) -> None:
         path = self._folder / file
         with self.destination.in_words():
-            addition = CommitOperationAdd(file, path)
+            self._current = addition = Addition(file, path)
+            addition.unwanted = self._unwanted
             self.destination.send([addition], forget=True)
         with self._changed:
             if self._stopped:
                 return
-            self._sent[file] = addition
+            self._sent[file], self._current = addition, None
             if addition.path_or_fileobj == b"":  # else the Hub keeps it in git, and it goes out with the commit
                 about = addition.upload_info
                 self.taken[file] = {"sha256": about.sha256.hex(), "size": about.size}

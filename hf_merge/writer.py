@@ -8,6 +8,7 @@ Or a carrier takes every file away as soon as it is whole, and the folder is onl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils import logging
 from torch import Tensor, uint8
 
+from hf_merge import progress
 from hf_merge.errors import OutputError, OutputExistsError
 from hf_merge.planning import Plan
 from hf_merge.ranks import Team, split
@@ -38,6 +40,7 @@ RECIPE_KEY = "hf_merge_recipe"
 """In the metadata of the weights: the recipe as others may see it. The file beside them has local paths as they are."""
 INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
+_SENT_OFF = 1 << 23  # bytes that go to the disk at a time
 _STATE = ".fingerprint"
 _LOCK = ".lock"
 _TOKEN = ".shared"
@@ -88,7 +91,8 @@ class Writer:
     """Writes the tensors of a plan to the places their files have for them.
 
     Use as a context manager; leaving it without an error makes the output appear, leaving it with one makes the
-    output not appear, and keeps finished shards for `resume`.
+    output not appear, and keeps finished shards for `resume`; not if the caller's `on_progress` ended a merge that was
+    not to be resumed.
 
     Args:
         output: the folder to make, or with the suffix `.safetensors` the one file.
@@ -119,7 +123,7 @@ class Writer:
     ):
         self.output, self.plan, self.overwrite, self.carrier = output, plan, overwrite, carrier
         self.team = team = team or Team()
-        self.folder = partial_folder(output)
+        self.folder, self._resume = partial_folder(output), resume
         self._lock = FileLock(self.folder / _LOCK, blocking=False)
         if carrier is None and team.leads:
             refuse_existing(output, overwrite=overwrite)
@@ -170,7 +174,7 @@ class Writer:
             if file in self.finished or not (self.team.rank in writers or (self.team.leads and len(writers) > 1)):
                 continue
             mine = parts[self.team.rank] if len(writers) > 1 else names
-            made[file] = _Shard(self.folder, file, names, self.plan.specs, metadata, self.carrier, mine)
+            made[file] = _Shard(self.folder, file, names, self.plan.specs, metadata, self.carrier, {*mine})
             if len(writers) > 1:
                 made[file].is_last = partial(self._is_last, file, len(writers))
             if len(writers) > 1 and self.team.leads:
@@ -287,7 +291,8 @@ class Writer:
 
     def _give_up(self) -> None:
         self.stop()
-        finished = [name for name in self.plan.shards if self._is_kept(name)]
+        is_wanted = self._resume or progress.current().ended is None
+        finished = [name for name in self.plan.shards if is_wanted and self._is_kept(name)]
         self._lock.release()
         if not finished:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -355,6 +360,7 @@ class _Shard:
         self.is_last: Callable[[], bool] | None = None
         self._file: int | None = None
         self._guard = Lock()
+        self._waiting: dict[int, int] = {}  # end -> start of runs that the system may still hold back
         if not end:
             self._open()
             self._finish()
@@ -365,11 +371,22 @@ class _Shard:
         data = memoryview(values.view(-1).view(uint8).numpy())  # type: ignore[arg-type]
         with self._guard:
             file = self._open() if self._file is None else self._file
-        write_at(file, data, len(self._header) + self.places[name] + start * values.element_size())
+        offset = len(self._header) + self.places[name] + start * values.element_size()
+        write_at(file, data, offset)
+        self._send_off(file, offset, offset + len(data))
         with self._guard:
             self._missing -= len(data)
             if not self._missing:
                 self._finish()
+
+    def _send_off(self, file: int, start: int, end: int) -> None:
+        """Let what was written go to the disk while the rest is computed, a few megabytes at a time."""
+        with self._guard:
+            start = self._waiting.pop(start, start)
+            if end - start < _SENT_OFF:
+                self._waiting[end] = start
+                return
+        _start_writing(file, start, end - start)
 
     def _open(self) -> int:
         """Make the file at its full size, so that a full disk is found now."""
@@ -443,6 +460,17 @@ def appear(folder: Path, output: Path, *, overwrite: bool) -> None:
         aside.rename(output)
         raise
     shutil.rmtree(aside)
+
+
+def _start_writing(file: int, start: int, size: int) -> None:
+    """Ask the system to write a part of a file to the disk now, and do not wait for it.
+
+    On Linux this advice begins to write what is not on the disk yet, and forgets only what is.
+    """
+    advise: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
+    if advise is not None:  # macOS has none
+        with contextlib.suppress(OSError):
+            advise(file, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _reserve(file: int, size: int) -> None:

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,20 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SPACE = "tests/space/"
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Run all tests of the Space in one worker, where they share a browser and an app; others by module."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneBrowser(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SPACE if nodeid.startswith(SPACE) else super()._split_scope(nodeid)
+
+    return OneBrowser(config, log) if config.option.dist == "loadscope" else None
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +64,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def llamas(tmp_path_factory) -> dict[str, Path]:
     """A tiny Llama `base` and two fine-tunes `a` and `b`, as complete folders."""
     return save_llamas(tmp_path_factory.mktemp("llamas"), ("a", "b"))
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory) -> Path:
+    """What `hf-merge demo` leaves, `models/` and `merges/`, and beside it what it said; made once for all workers."""
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    said = root / "demo_run.txt"
+    with FileLock(root / "demo.lock"):
+        if not said.is_file():
+            done = run_demo(root / "demo_run")
+            assert done.returncode == 0, done.stderr
+            said.write_text(done.stdout)
+    return root / "demo_run"
+
+
+def run_demo(output: Path) -> subprocess.CompletedProcess[str]:
+    """Run `hf-merge demo` as `make demo` does."""
+    call = [sys.executable, "-W", "error", "-m", "hf_merge.cli", "demo", str(output), "--format", "human"]
+    return subprocess.run(call, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}, check=False)
 
 
 def save_llamas(root: Path, fine_tunes: Sequence[str], **config) -> dict[str, Path]:

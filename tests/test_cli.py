@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -133,8 +134,21 @@ def test_help_imports_neither_torch_nor_transformers():
 
 def test_planning_imports_no_model_code():
     code = "import torch, hf_merge; hf_merge.plan([{'x': torch.ones(1)}], method='linear')"
-    heavy = {"transformers", "accelerate", "peft", "gradio", "matplotlib", "optuna"}
+    heavy = {"transformers", "tokenizers", "accelerate", "peft", "gradio", "matplotlib", "optuna", "jinja2"}
     assert imported_by(code, heavy) == "[]"
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_merging_folders_imports_no_model_code(llamas, tmp_path, tokenizer):
+    left_out = [] if tokenizer else ["tokenizer*", "chat_template*"]
+    for name in "ab":
+        shutil.copytree(llamas[name], tmp_path / name, ignore=shutil.ignore_patterns(*left_out))
+    models = [str(tmp_path / name) for name in "ab"]
+    code = f"import hf_merge; hf_merge.merge({models}, {str(tmp_path / 'out')!r}, method='linear')"
+    heavy = {"transformers", "tokenizers", "accelerate", "peft", "gradio", "matplotlib", "optuna", "scipy"}
+    assert imported_by(code, heavy) == "[]"
+    assert (tmp_path / "out" / "tokenizer.json").exists() == tokenizer
+    assert "pipeline_tag: text-generation" in (tmp_path / "out" / "README.md").read_text()
 
 
 def imported_by(code, modules):

@@ -77,6 +77,16 @@ def test_table_of_tasks_is_still_that_of_transformers():
     assert list(TASK_MAPPING) == list(_compat._TASKS)
 
 
+def test_tables_of_classes_are_still_read_from_the_file_as_they_are_when_it_is_imported():
+    from transformers.models.auto import modeling_auto
+
+    read = _compat.classes_of_tasks()
+    for word in {word for words in _compat._TASKS.values() for word in words}:
+        imported = set(_compat._flat(getattr(modeling_auto, f"MODEL_FOR_{word}_MAPPING_NAMES").values()))
+        assert imported <= read[word], word
+        assert not any("For" in name for name in read[word] - imported), word  # the rest are model types
+
+
 def mixtral_tables():
     with torch.device("meta"):
         empty = MixtralForCausalLM(small_mixtral())
@@ -352,3 +362,45 @@ def test_live_adapters_are_still_told_from_their_base():
     model.merge_adapter()
     with pytest.raises(ValueError, match="has merged"):
         _compat.peft_live(model)
+
+
+def test_a_type_can_still_be_added_to_pefts_enum():
+    """The day that PEFT takes types of others by itself, `register_peft_method` alone should do."""
+    import copy
+    import pickle
+
+    from peft import PeftType
+    from peft.utils.peft_types import register_peft_method
+
+    with pytest.raises(ValueError, match="Unknown PEFT type HF_MERGE_TEST"):
+        register_peft_method(name="hf_merge_test", config_cls=None, model_cls=None)
+    before = len(PeftType)
+    kind = _compat.peft_type("HF_MERGE")
+    assert kind is PeftType.HF_MERGE is PeftType("HF_MERGE") is _compat.peft_type("HF_MERGE")
+    assert kind == "HF_MERGE" and f"{kind.value}" == "HF_MERGE" and {kind: 1}[PeftType["HF_MERGE"]] == 1
+    assert copy.deepcopy(kind) is kind is pickle.loads(pickle.dumps(kind)) and json.dumps(kind) == '"HF_MERGE"'
+    assert len(PeftType) == before and kind in list(PeftType) and _compat.peft_knows("HF_MERGE")
+    assert _compat.peft_type("LORA") is PeftType.LORA and not _compat.peft_knows("HF_MERGE_TEST")
+
+
+def test_what_experts_override_in_peft_is_still_called():
+    import inspect
+
+    from peft import peft_model
+    from peft.tuners import tuners_utils
+    from peft.utils import save_and_load
+
+    from hf_merge.experts.layers import ExpertLayer
+    from hf_merge.experts.peft_method import ExpertModel
+
+    asked = "".join(inspect.getsource(part) for part in (peft_model, tuners_utils, save_and_load))
+    names = {
+        "inject_adapter", "_create_and_replace", "_cast_adapter_dtype", "_enable_peft_forward_hooks", "delete_adapter",
+        "_unload_and_optionally_merge", "_all_available_adapter_names", "enable_adapters",
+        "_get_available_adapters", "_move_adapter_to_device_of_base_layer",
+    }  # fmt: skip
+    assert not [name for name in names if f".{name}(" not in asked and f'"{name}"' not in asked]
+    for ours, theirs in ((ExpertModel, tuners_utils.BaseTuner), (ExpertLayer, tuners_utils.BaseTunerLayer)):
+        for name in names & vars(ours).keys() & vars(theirs).keys():
+            one, other = (inspect.signature(getattr(part, name)).parameters for part in (ours, theirs))
+            assert [*one] == [*other], name

@@ -1,6 +1,10 @@
-"""Every registered method against every law of a merge method; nothing here knows a method by its name."""
+"""Every registered method against every law of a merge method; nothing here knows a method by its name.
+
+The laws of what methods with task experts give are in tests/experts/test_laws.py.
+"""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,13 +13,18 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 import hf_merge
+from hf_merge import execute
 from hf_merge.errors import ParameterError
 from hf_merge.method import SUMMARY_LENGTH, MergeMethod, Parameter, get_method, list_methods
+from hf_merge.ops import loops
 from hf_merge.ops.factors import packed, unpacked
 from hf_merge.types import Stack
+from tests.compiled import needs_loops
 
 NEUTRAL = {"weight": 1.0, "density": 1.0, "scale": 1.0}
 """Values with which one model, merged alone, is left as it is."""
+BY_ROWS = {"filter_wise": True, "nuslerp_flatten": False, "nuslerp_row_wise": False}
+"""Values with which a method that takes whole tensors or columns as vectors takes rows."""
 GIVES_BASE = {"t": 0.0}
 GIVES_MODEL = {"t": 1.0}
 """Values of an interpolation at its two ends; they hold where the range of the parameter is [0, 1]."""
@@ -28,7 +37,9 @@ POWERS = [-8.0, 0.5, 1.0, 2.0]
 NUMBERS = [-1.25, 0.5, 1.0, 2.0]
 """No two or three of them sum to 0, by which a method might divide."""
 
-METHODS = [get_method(name) for name in list_methods()]
+REGISTERED = [get_method(name) for name in list_methods()]
+METHODS = [method for method in REGISTERED if method.experts is None]
+"""Methods that give one tensor."""
 DELTAS = [method for method in METHODS if method.space == "deltas"]
 WEIGHTS = [method for method in METHODS if method.space == "models"]
 FACTORS = [method for method in METHODS if method.space == "factors"]
@@ -41,7 +52,7 @@ ALONE = [method for method in ENTRIES if method.takes(1)]
 WITH_BASE = {"required": (True,), "optional": (True, False), "ignored": (False,)}
 USES = [(m, with_base) for m in METHODS for with_base in (WITH_BASE[m.base] if m in WEIGHTS else (False,))]
 """Methods with and without a base in a call on tensors; task vectors are handed over without it."""
-PARAMETERS = [(method, parameter) for method in METHODS for parameter in method.parameters.values()]
+PARAMETERS = [(method, parameter) for method in REGISTERED for parameter in method.parameters.values()]
 
 some = settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -270,6 +281,35 @@ def test_inputs_and_parameters_are_left_untouched_and_a_second_call_gives_the_sa
     assert base.equal(base_copy)
     assert repr(parameters) == parameters_copy
     assert first.equal(second)
+
+
+@needs_loops
+@each_use(METHODS)
+@given(data=st.data())
+@some
+def test_compiled_loops_give_the_same_bits(method, with_base, data):
+    models, base, parameters = data.draw(merges(method))
+    base = base if with_base else None
+    expected = call(method, models, base, **parameters)
+    with loops.switched_on():
+        found = call(method, models, base, **parameters)
+    assert found.view(torch.int32).equal(expected.view(torch.int32))
+
+
+@needs_loops
+@each_use(ENTRIES)
+def test_the_engine_writes_the_same_bits_with_compiled_loops(method, with_base, monkeypatch):
+    models, base = example(method, shape=(331, 257))  # large enough to be selected by histograms
+    models, base = [model.bfloat16() for model in models], base.bfloat16() if with_base or method in DELTAS else None
+    halves = {name: 0.5 for name, parameter in method.parameters.items() if is_fraction(parameter)}
+    expected = merged_by_engine(method, models, base, **halves)
+    used, widen = [], loops.widen
+    monkeypatch.setattr(execute, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(loops, "widen", lambda *given: used.append(widen(*given)) or used[-1])
+    found = merged_by_engine(method, models, base, **halves)
+    assert used
+    assert found.dtype == torch.bfloat16
+    assert found.view(torch.int16).equal(expected.view(torch.int16))
 
 
 @each_method(DELTAS)
@@ -521,6 +561,31 @@ def test_a_method_that_says_it_is_elementwise_gives_the_same_on_tiles(method, da
         )
 
 
+@each_use([method for method in METHODS if method.rowwise])
+@given(data=st.data())
+@some
+def test_a_method_that_says_it_is_rowwise_gives_the_same_on_some_rows_at_a_time(method, with_base, data):
+    of_rows = merges(method, numbers=POWERS).filter(lambda drawn: drawn[1].numel() and drawn[1].dim() > 1)
+    models, base, parameters = data.draw(of_rows)
+    checked = settings_of(method, len(models), parameters | {k: v for k, v in BY_ROWS.items() if k in parameters})
+    assert method.by_rows(checked)
+    size = data.draw(st.integers(1, len(models[0])))
+    base = base if with_base else None
+    tiles = [
+        Stack(
+            [model[i : i + size] for model in models],
+            start=i * models[0][0].numel(),
+            base=None if base is None else base[i : i + size],
+        )
+        for i in range(0, len(models[0]), size)
+    ]
+    reduced = method.reduce(tiles, checked)
+    found = torch.cat([method.run(tile, reduced, checked) for tile in tiles])
+    whole = Stack(models, base=base)
+    expected = method.run(whole, method.reduce([whole], checked), checked)
+    assert_close(found, expected, [*models, *([] if base is None else [base])], method)
+
+
 @each_method(ELEMENTWISE)
 def test_tiles_of_a_large_tensor_give_what_a_call_on_the_whole_gives(method):
     generator = torch.Generator().manual_seed(5)
@@ -605,7 +670,7 @@ def test_no_parameter_is_called_as_a_field_of_recipes_is(method, parameter):
 # words
 
 
-@each_method(METHODS)
+@each_method(REGISTERED)
 def test_the_summary_is_one_short_sentence(method):
     assert method.summary, "the docstring lacks a summary"
     assert len(method.summary) <= SUMMARY_LENGTH
@@ -614,13 +679,13 @@ def test_the_summary_is_one_short_sentence(method):
     assert method.summary[0].isupper()
 
 
-@each_method(METHODS)
+@each_method(REGISTERED)
 def test_the_docstring_has_the_formula_of_what_is_merged(method):
-    assert "merged = " in method.formula
+    assert ("merged = " if method.experts is None else "task i: ") in method.formula
     assert all(len(line) <= 120 for line in method.formula.splitlines())
 
 
-@each_method(METHODS)
+@each_method(REGISTERED)
 def test_the_paper_is_an_address(method):
     assert method.paper.startswith("https://")
     assert " " not in method.paper
@@ -634,14 +699,17 @@ def test_every_parameter_has_a_line_of_help(method, parameter):
     assert parameter.help.endswith(".")
 
 
-@each_method(METHODS)
+@each_method(REGISTERED)
 def test_the_docstring_explains_no_parameter_that_does_not_exist(method):
-    lines = (method.fn.__doc__ or "").partition("Args:")[2].partition("Notes:")[0].splitlines()
-    explained = [line.strip().partition(":")[0] for line in lines if line.startswith(" " * 8) and line[8:9].strip()]
+    after = (method.fn.__doc__ or "").partition("Args:")[2]
+    lines = re.split(r"\n    (?:Notes|Good for|In words):", after)[0].splitlines()
+    explained = [
+        line.strip().partition(":")[0].rstrip("_") for line in lines if line.startswith(" " * 8) and line[8:9].strip()
+    ]
     assert set(explained) <= set(method.parameters)
 
 
-@each_method(METHODS)
+@each_method(REGISTERED)
 def test_a_method_is_registered_under_its_own_name_and_says_what_it_needs(method):
     assert get_method(method.name) is method
     assert method.base in ("required", "optional", "ignored")
@@ -649,4 +717,5 @@ def test_a_method_is_registered_under_its_own_name_and_says_what_it_needs(method
     assert method.count in (None, method.least)
     assert method.seeded is None or method.seeded not in method.parameters
     assert not set(method.ignored) & set(method.parameters)
-    assert ("lambda" in method.parameters) == (method.space == "deltas")
+    assert method.space != "deltas" or method.experts is None
+    assert method.experts or ("lambda" in method.parameters) == (method.space == "deltas")

@@ -1,6 +1,7 @@
 """The demo, as `make demo` runs it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,19 +10,12 @@ import time
 import pytest
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-
-def run(output):
-    call = [sys.executable, "-W", "error", "-m", "hf_merge.cli", "demo", str(output), "--format", "human"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-    return subprocess.run(call, capture_output=True, text=True, env=environment)
+from tests.conftest import run_demo
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    output = tmp_path_factory.mktemp("demo") / "out"
-    done = run(output)
-    assert done.returncode == 0, done.stderr
-    return output, done.stdout
+def shown(demo_run):
+    return demo_run, demo_run.with_suffix(".txt").read_text()
 
 
 def accuracies(table):
@@ -61,10 +55,10 @@ def test_it_leaves_a_model_with_its_card_in_the_folder_it_names(shown):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_second_run_takes_the_trained_models_and_gives_the_same_table(shown):
-    output, text = shown
+def test_second_run_takes_the_trained_models_and_gives_the_same_table(shown, tmp_path):
+    output, text = shutil.copytree(shown[0], tmp_path / "again"), shown[1]  # others read the first
     before = (output / "models" / "base" / "model.safetensors").stat().st_mtime_ns
-    again = run(output)
+    again = run_demo(output)
     assert again.returncode == 0, again.stderr
     assert accuracies(again.stdout) == accuracies(text)
     assert (output / "models" / "base" / "model.safetensors").stat().st_mtime_ns == before
@@ -72,18 +66,19 @@ def test_second_run_takes_the_trained_models_and_gives_the_same_table(shown):
 
 def test_folder_that_is_not_the_demos_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    done = run(tmp_path)
+    done = run_demo(tmp_path)
     assert done.returncode == 1 and str(tmp_path) in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_ctrl_c_is_status_130_and_leaves_no_half_model(tmp_path):
     call = [sys.executable, "-m", "hf_merge.cli", "demo", str(tmp_path / "out")]
-    process = subprocess.Popen(call, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if (tmp_path / "out").is_dir():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    with open(tmp_path / "said", "w+") as said:
+        process = subprocess.Popen(call, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=said)
+        for _ in range(600):  # while modules are loaded a signal may be lost in one of them
+            if "Training" in (tmp_path / "said").read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
     assert not list(tmp_path.rglob("config.json"))

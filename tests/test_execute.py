@@ -2,17 +2,21 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import hf_merge
+import hf_merge.execute as engine
+from hf_merge import staging
 from hf_merge.execute import compute, execute
 from hf_merge.planner import make_plan
 from hf_merge.planning import TILE
 from hf_merge.recipe import Recipe
 from hf_merge.sources import open_sources
+from tests.compiled import needs_loops
 
 RANDOM = {"method": "dare_ties", "density": 0.4, "weight": [0.7, 0.6]}
 
@@ -52,6 +56,47 @@ def test_same_bytes_with_any_number_of_workers_and_one_tensor_at_a_time(changes)
         assert torch.equal(tensor, many[name])
     for step in plan.steps:
         assert torch.equal(compute(plan, step, sources), alone[step.name])
+
+
+@pytest.mark.parametrize(("size", "threads"), [(1 << 10, 1), (1 << 18, 2)])
+def test_tensors_are_merged_side_by_side_where_they_are_large(size, threads, monkeypatch):
+    monkeypatch.setattr(engine, "default_workers", lambda: 2)
+    models = [{f"{i}": torch.ones(size) for i in range(6)} for _ in range(2)]
+    sources = open_sources((recipe := Recipe.load(models, method="linear", weight=0.5)).references)
+    together, seen = threading.Barrier(threads), set()
+
+    def write(name, start, values):
+        seen.add(threading.get_ident())
+        together.wait(60)  # for as many threads as there should be
+
+    execute(make_plan(recipe, sources), list(sources.values()), write)
+    assert len(seen) == threads
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_loops)], ids=["torch", "compiled"])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("task_arithmetic", {}),
+        ("ties", {"density": 0.4}),
+        ("dare_ties", {"density": 0.4}),
+        ("breadcrumbs", {"density": 0.4, "rescale": "l1"}),
+        ("della", {"density": 0.4}),
+        ("della_linear", {"density": 0.4, "rescale": "density"}),
+        ("model_stock", {"filter_wise": True}),
+    ],
+    ids=["task_arithmetic", "ties", "dare_ties", "breadcrumbs", "della", "della_linear", "model_stock by rows"],
+)
+def test_same_bytes_whatever_the_tiles(method, words, compiled, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    shape = (257, 301)  # more than is selected from at once, and no row ends where a tile does
+    base, *models = ({"w": torch.randn(shape, generator=generator).bfloat16()} for _ in range(3))
+    monkeypatch.setattr(engine, "WORTH_COMPILING", 0 if compiled else float("inf"))
+    merged = []
+    for tile in (1 << 18, 4096, 999):
+        monkeypatch.setattr(staging, "TILE", tile)
+        merged.append(hf_merge.merge_state_dicts(models, method=method, base_model=base, **words)["w"])
+    assert all(one.view(torch.int16).equal(merged[0].view(torch.int16)) for one in merged)
 
 
 def test_tiled_tensor_equals_the_method_on_the_whole():

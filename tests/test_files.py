@@ -152,8 +152,8 @@ def test_failed_merge_leaves_no_file(tmp_path):
 def test_check_says_whether_a_recipe_fits(llamas, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"merge_method: linear\nmodels: [{llamas['a']}, {llamas['b']}]\n")
-    said = json.loads(cli("check", recipe, "--json").splitlines()[-1])
-    assert said["tensors"] == 30
+    said = json.loads(cli("check", recipe, "--json"))
+    assert said["verdict"] == "fits" and said["plan"]["tensors"] == 30
     recipe.write_text(f"merge_method: ties\nmodels: [{llamas['a']}, {llamas['b']}]\n")
     assert "'ties' merges task vectors: pass base_model=" in cli("check", recipe, status=1)
     recipe.write_text(f"merge_method: linear\nmodels: [{llamas['a']}, {tmp_path}/nowhere]\n")

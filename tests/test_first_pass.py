@@ -59,6 +59,7 @@ def test_threads_and_tiles_do_not_matter(words, monkeypatch):
     expected = hf_merge.merge_state_dicts(models, base_model=base, **words)
     monkeypatch.setattr(staging, "TILE", 1000)
     monkeypatch.setattr(engine, "default_workers", lambda: 7)
+    monkeypatch.setattr(engine, "WORTH_A_THREAD", 0)
     found = hf_merge.merge_state_dicts(models, base_model=base, **words)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_merge
+from hf_merge.packing import unpack_mask
 from tests.conftest import GOLDEN
 
 MERGEKIT = GOLDEN / "mergekit"
@@ -143,3 +144,102 @@ def test_the_released_filter_gives_the_released_vectors(model):
         name = key.partition("/")[2]
         found = hf_merge.get_method("fr")([models[model][name] - base[name]], variant="reference")
         assert float((found - expected).abs().max()) <= 5e-7, key
+
+
+# task experts
+
+SPARSE = {"variant": "reference", "filter_ratio": 0.7, "shared_weight": 0.1, "expert_weight": 7.0}
+VIT30 = {**SPARSE, "rules": [{"pattern": "embeddings.*", **KEPT}, {"pattern": "*layernorm*", **KEPT}]}
+ROBERTA = {**SPARSE, "shared_weight": 0.2, "expert_weight": 10.0, "overlap": "add", "heads": ["*classifier*"]}
+ALONE = {"shared_weight": 0.0, "expert_weight": 1.0}
+"""With these a task's weights are the base and the expert."""
+FREE = {
+    ("free_vit30", "k0.02"): {**VIT30, "density": 0.02},
+    ("free_vit30", "k0.05"): {**VIT30, "density": 0.05},
+    ("free_roberta", "keep0.1_remove0.02"): {**ROBERTA, "density": 0.1, "remove": 0.02},
+    ("free_roberta", "keep0.02_remove0.0"): {**ROBERTA, "density": 0.02, "remove": 0.0},
+}
+"""By file and prefix of the keys there: the constants of the released scripts."""
+
+needs_papers = pytest.mark.skipif(not PAPERS.is_dir(), reason="no golden data beside the checkout")
+
+
+def published(name, prefix):
+    """Return the tensors of a case under a prefix, by the name of the weight; and what is said of the case."""
+    told = json.loads((PAPERS / f"{name}.json").read_text())
+    tensors = load_file(PAPERS / f"{name}.safetensors")
+    found = {key.removeprefix(f"{prefix}/"): one for key, one in tensors.items() if key.startswith(f"{prefix}/")}
+    assert found, prefix
+    return found, told
+
+
+def distance(one, other):
+    return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+
+
+def with_experts(name, method, **parameters):
+    base, models = inputs(json.loads((PAPERS / f"{name}.json").read_text())["inputs"][0])
+    return base, hf_merge.merge_state_dicts(models, method=method, base_model=base, **parameters)
+
+
+@needs_papers
+@pytest.mark.parametrize(("variant", "key"), [("reference", "rescalers"), ("paper", "rescalers_flat30")])
+def test_emr_rescales_as_either_script_does(variant, key):
+    _, merged = with_experts("emr_hfvit5", "emr", variant=variant)
+    expected = load_file(PAPERS / "emr_hfvit5.safetensors")[key]
+    for expert, scale in zip(merged.experts, expected, strict=True):
+        assert all(distance(fields["scale"], scale) <= 5e-7 for fields in expert.fields.values())
+
+
+@needs_papers
+def test_emr_gives_the_released_vector_masks_and_weights():
+    base, merged = with_experts("emr_hfvit5", "emr", variant="reference")
+    unified, _ = published("emr_hfvit5", "unified")
+    assert unified.keys() == merged.shared.keys()
+    for name, vector in unified.items():
+        assert distance(merged.shared[name], vector) <= 5e-7, name
+        assert merged.backbone[name].equal(base[name])
+    for i, expert in enumerate(merged.experts):
+        masks, _ = published("emr_hfvit5", f"mask{i}")
+        for name, mask in masks.items():
+            assert unpack_mask(expert.fields[name]["mask"], mask.numel()).equal(mask.bool().flatten()), name
+        expected, _ = published("emr_hfvit5", f"recon{i}")
+        found = merged.reconstruct(i)
+        assert found.keys() == base.keys()
+        for name, weight in expected.items():
+            assert distance(found[name], weight) <= 5e-7, name
+
+
+@needs_papers
+@pytest.mark.parametrize(("name", "prefix"), FREE, ids=lambda part: part)
+def test_free_gives_the_released_experts_and_weights(name, prefix):
+    base, merged = with_experts(name, "free", **FREE[name, prefix])
+    _, alone = with_experts(name, "free", **{**FREE[name, prefix], **ALONE})
+    for i in range(len(merged.experts)):
+        (weights, told), (experts, _) = published(name, f"{prefix}/merged{i}"), published(name, f"{prefix}/expert{i}")
+        whole, own = merged.reconstruct(i), alone.reconstruct(i)
+        assert len(merged.experts[i].fields) >= 21
+        for key in weights:
+            assert distance(whole[key], weights[key]) <= 5e-7 or key in told["topk_tie_keys"], key
+        for key in merged.experts[i].fields.keys() & weights.keys():
+            expert = own[key] - base[key]
+            if key in told["topk_tie_keys"]:  # equal magnitudes: any of them may be kept
+                assert distance(*(one.abs().flatten().sort().values for one in (expert, experts[key]))) <= 5e-7, key
+                continue
+            assert distance(expert, experts[key]) <= 5e-7, key
+
+
+@needs_papers
+@pytest.mark.parametrize("rate", [0.9, 0.8])
+def test_twin_gives_the_released_model_and_experts(rate):
+    heads = ["*classifier*", "*bias*"]
+    _, merged = with_experts("twin_svd", "twin", mask_rate=rate, lambda_=0.29, heads=heads)
+    shared, _ = published("twin_svd", "shared")
+    for name, weight in shared.items():
+        assert distance(merged.backbone[name], weight) <= 5e-7, name
+    for i in range(len(merged.experts)):
+        experts, _ = published("twin_svd", f"rate{rate}/expert{i}")
+        assert experts.keys() == shared.keys()
+        found = merged.reconstruct(i)
+        for name, expert in experts.items():
+            assert distance(found[name] - merged.backbone[name], expert) <= 5e-6, name

@@ -17,6 +17,7 @@ PARAMETERS = {
     "slerp": {"t": 0.3},
     "nearswap": {"t": 0.001},
     "linear": {"weight": [0.7, 0.3]},
+    "wudi": {"iterations": 2},
 }
 
 

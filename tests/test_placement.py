@@ -133,16 +133,16 @@ def test_parts_of_a_fused_parameter_are_on_its_device():
 
 
 def test_what_does_not_fit_moves_and_the_plan_says_so(large):
-    made = place(large("della"), "sequential", {0: "8GB", 1: "30GB", "cpu": "100GB"})
+    made = place(large("fr"), "sequential", {0: "8GB", 1: "30GB", "cpu": "100GB"})
     (moved,) = made.problems
     assert moved.severity == "warning" and "moved from cuda:0 to cuda:1" in moved.message
     assert "2.1 GB" not in moved.message and "8 GB may be used" in moved.message
     assert "model.embed_tokens.weight" in moved.tensors
     devices = {step.name: step.device for step in made.steps}
     assert all(devices[name] == "cuda:1" for name in moved.tensors)
-    small = place(large("della"), "sequential", {0: "8GB", "cpu": "100GB"})
+    small = place(large("fr"), "sequential", {0: "8GB", "cpu": "100GB"})
     assert "moved from cuda:0 to cpu" in small.problems[0].message
-    tight = place(large("della"), "cpu", {"cpu": "1GB"})
+    tight = place(large("fr"), "cpu", {"cpu": "1GB"})
     assert "more memory than there is for cpu" in tight.problems[0].message and len(tight.problems) == 1
 
 

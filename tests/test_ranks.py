@@ -164,7 +164,8 @@ if "HF_MERGE_PARENT" in os.environ:
 def command(tmp_path, models, *words, slow):
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     call = [sys.executable, "-m", "hf_merge.cli", "merge", "--method", "linear", "a", *words, "--processes", "2"]
-    environment = surroundings(SLOW=str(slow), PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    words = {"SLOW": str(slow), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    environment = surroundings(**words, PYTHONDONTWRITEBYTECODE="1")  # else there is a __pycache__ beside that file
     return subprocess.Popen(
         call, cwd=models, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -102,7 +102,8 @@ class Moment:
     def synchronize(self):
         for way, buffer, values in self.before:
             if way == "up":
-                assert torch.equal(buffer, values), "a buffer was filled again while it was copied"
+                same = torch.equal(buffer.view(torch.uint8), values.view(torch.uint8))  # NaN is equal to itself
+                assert same, "a buffer was filled again while it was copied"
             else:
                 buffer.copy_(values)
         self.before = []

@@ -135,6 +135,11 @@ def join(recipe: Recipe, adapters: Mapping[Ref, Lora], **hub: Any) -> AdapterMer
         raise RecipeError(
             f"'{asking[0]}' merges by statistics of whole models, and adapters alone have none: name base+adapter."
         )
+    if parted := [name for name in _methods(recipe) if get_method(name).experts]:
+        raise RecipeError(
+            f"'{parted[0]}' makes task experts of whole models, and adapters alone are none: pass base_model=, the "
+            "model that they belong to."
+        )
     loras = [*adapters.values()]
     _refuse_unmergeable(loras)
     space = _space(recipe)(loras)
@@ -177,7 +182,17 @@ def _spelling(first: Source) -> Sequence[str]:
     return () if style_of(stored.specs) is Style.PEFT else [*stored.specs]
 
 
-_USELESS = ("slices", "remap", "tokenizer", "tokenizer_source", "chat_template", "targets", "keep_rest")
+_USELESS = (
+    "slices",
+    "remap",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+    "targets",
+    "keep_rest",
+    "tasks",
+    "heads",
+)
 
 
 def _refuse_words(recipe: Recipe) -> None:

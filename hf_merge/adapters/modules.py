@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_merge import _compat
 from hf_merge.adapters.parts import Kind, Part
+from hf_merge.architecture import backbone_of
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -27,11 +28,13 @@ class Layout:
     Attributes:
         parts: of every parameter and buffer, by its name in memory. Tensors of a module that is kept whole share one.
         tables: names in checkpoints and in memory, and the ways between them.
+        heads: names in memory of what the class has on top of its backbone.
         tied: names in memory that share their values with another.
     """
 
     parts: Mapping[str, Part]
     tables: _compat.Conversion
+    heads: frozenset[str] = frozenset()
 
     @property
     def tied(self) -> Mapping[str, str]:
@@ -58,7 +61,9 @@ def _layout(config: str) -> Layout | None:
     if any(part.kind == "experts" for part in parts.values()):
         parts = {name: _beside_experts(part) for name, part in parts.items()}
     tables = _compat.Conversion(model)
-    return Layout(_with_twins(model, parts, tables.tied), tables)
+    inside = backbone_of(model, json.loads(config))
+    heads = frozenset(name for name in tables.shapes if not inside(name))
+    return Layout(_with_twins(model, parts, tables.tied), tables, heads)
 
 
 def _with_twins(model: nn.Module, parts: Mapping[str, Part], tied: Mapping[str, str]) -> dict[str, Part]:

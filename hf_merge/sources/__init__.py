@@ -16,6 +16,7 @@ from hf_merge.errors import SourceError, shown
 from hf_merge.sources.adapter import CONFIG as ADAPTER_CONFIG
 from hf_merge.sources.adapter import Adapter, WithAdapter, open_adapter
 from hf_merge.sources.base import Source
+from hf_merge.sources.cards import is_repo
 from hf_merge.sources.checkpoint import SINGLES, Checkpoint
 from hf_merge.sources.folder import Folder, read_object
 from hf_merge.sources.hub import download, open_folder
@@ -148,6 +149,11 @@ def _base_of(model: ModelRef, found: Mapping[ModelRef, Located], asked: list[Ref
         same = own.path == told or (here.exists() and Path(own.path).expanduser().resolve() == here.resolve())
         if same and own != model and (revision is None or own.revision in (None, revision)):
             return own
+    if found[model].origin and not is_repo(told):
+        raise SourceError(
+            f"'{model}' is an adapter on the Hub of {shown(told)}, which is no id there but a folder, where it was "
+            f"trained: write 'base+{model}'."
+        )
     return ModelRef(path=told, revision=revision)
 
 

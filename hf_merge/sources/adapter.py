@@ -20,6 +20,7 @@ from hf_merge.sources.changes import Add, AddVector, Change, Give, Put, PutRows,
 from hf_merge.sources.checkpoint import Checkpoint
 from hf_merge.sources.folder import Folder, read_object
 from hf_merge.sources.lora import FIX, Factored, Lora, read_lora, read_tokens, token_rows
+from hf_merge.sources.masks import EXPERT, SHARED, needs_shared, with_shared
 from hf_merge.sources.places import ALL, Place, Places
 from hf_merge.sources.quantized import CONV1D_MODELS
 from hf_merge.sources.tuned import Tuned, is_peft_s, refuse
@@ -102,8 +103,8 @@ class WithAdapter(View):
         return None if None in found else json.dumps([found, [one.weight for one in self.adapters]])
 
 
-def open_adapter(folder: Folder, label: str, **hub: Any) -> tuple[Checkpoint, Mapping[str, Any]]:
-    """Open the files of an adapter.
+def open_adapter(folder: Folder, label: str, **hub: Any) -> tuple[Source, Mapping[str, Any]]:
+    """Open the files of an adapter; of a task expert that is a mask, those in the folder `shared` beside it too.
 
     Args:
         folder: where adapter_config.json and adapter_model.safetensors (or .bin) lie.
@@ -116,7 +117,12 @@ def open_adapter(folder: Folder, label: str, **hub: Any) -> tuple[Checkpoint, Ma
     weights = next((name for name in WEIGHTS if name in folder), None)
     if weights is None or CONFIG not in folder:
         raise SourceError(f"'{label}' is no PEFT adapter: it lacks {CONFIG} or {WEIGHTS[0]}.")
-    return Checkpoint(folder, label, file=weights, **hub), read_object(folder.paths([CONFIG])[0])
+    found, config = Checkpoint(folder, label, file=weights, **hub), read_object(folder.paths([CONFIG])[0])
+    beside = Folder(folder.path.parent / SHARED)
+    if not needs_shared(config) or CONFIG not in beside or WEIGHTS[0] not in beside:
+        return found, config
+    shared = Checkpoint(beside, f"{label}/../{SHARED}", file=WEIGHTS[0])
+    return with_shared(found, config, shared, read_object(beside.paths([CONFIG])[0]))
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,8 +183,9 @@ def _tuned_steps(base: Source, adapter: Adapter) -> _Steps:
             f"and '{base.label}' has no config.json that names a class of transformers: {FIX}."
         )
     tuned = Tuned(base, adapter.source, adapter.config)
+    is_expert = adapter.config.get("peft_type") == EXPERT
     steps: _Steps = {
-        name: (Give(adapter.source, partial(tuned.read, name), reads, tuple(tuned.keys(name))),)
+        name: (Give(adapter.source, partial(tuned.read, name), reads, tuple(tuned.keys(name)), tied=is_expert),)
         for name, reads in tuned.reads.items()
     }
     rest = Lora(adapter.source, adapter.config, {}, tuned.whole, {})
@@ -373,10 +380,10 @@ def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str
 
 
 def _stay_tied(steps: _Steps, alias: str, origin: str) -> bool:
-    """Tell whether an adapter does the same to both of two tied tensors: PEFT ties rows of tokens itself."""
+    """Tell whether an adapter does the same to both of two tied tensors: rows of tokens and task experts tie them."""
     one, other = steps.get(origin, ()), steps.get(alias, ())
     if not other:
-        return all(isinstance(step, PutRows) for step in one)
+        return all(isinstance(step, PutRows) or (isinstance(step, Give) and step.tied) for step in one)
     return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,16 @@ class Source(Mapping[str, Tensor]):
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor; a mapped one where that is possible, so that nothing is read but what is used."""
+
+    def pieces(self, name: str, runs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return some runs of a tensor's elements, counted in row-major order; no more is read where that is possible.
+
+        Args:
+            name: of the tensor.
+            runs: of each its first element, and the one after its last.
+        """
+        flat = self[name].reshape(-1)
+        return [flat[begin:end] for begin, end in runs]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

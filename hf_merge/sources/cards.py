@@ -58,8 +58,8 @@ def read_card(folder: Path, public_id: str | None = None) -> ModelCardData | Non
         license_name=next(_matching(_NAME, said.get("license_name")), None),
         license_link=_link(said.get("license_link"), public_id),
         language=_listed(_matching(_LANGUAGE, languages)),
-        datasets=_listed(filter(_is_repo, _words(said.get("datasets")))),
-        base_model=_listed(filter(_is_repo, _words(said.get("base_model")))),
+        datasets=_listed(filter(is_repo, _words(said.get("datasets")))),
+        base_model=_listed(filter(is_repo, _words(said.get("base_model")))),
         base_model_relation=next(_matching(_ID, said.get("base_model_relation")), None),
         tags=_listed(_matching(_NAME, said.get("tags"))),
     )
@@ -115,8 +115,8 @@ def _link(value: Any, public_id: str | None) -> str | None:
     return f"https://huggingface.co/{public_id}/blob/main/{word}" if public_id and _FILE.fullmatch(word) else None
 
 
-def _is_repo(word: str) -> bool:
-    """Tell whether a word can be an id on the Hub and is no folder on this machine."""
+def is_repo(word: str) -> bool:
+    """Tell whether a word can be an id on the Hub and is no path on this machine."""
     try:
         validate_repo_id(word)
     except HFValidationError:

@@ -149,12 +149,18 @@ class PutRows:
 
 @dataclass(frozen=True, eq=False)
 class Give:
-    """Takes what PEFT makes of the tensor."""
+    """Takes what PEFT makes of the tensor.
+
+    Attributes:
+        reads: tensors of the base that it is made of.
+        tied: whether what is tied to the tensor follows it.
+    """
 
     source: Source
     read: Callable[[], Tensor]
     reads: tuple[str, ...]
     keys: tuple[str, ...]
+    tied: bool = False
 
     def open(self, weight: Tensor, before: Rows) -> Rows:
         made = self.read().float().reshape(weight.shape)

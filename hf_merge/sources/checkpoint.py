@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hf_merge.sources.remote import RemoteSafetensors
 from hf_merge.sources.weights import PICKLES, WeightFile
 from hf_merge.types import TensorSpec
 
+_AT_A_TIME = 8
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _USUAL_STEMS = {"model", "pytorch_model", "adapter_model"}  # beside these, README.md is the card
 SINGLES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -86,6 +88,14 @@ class Checkpoint(Source):
     def __getitem__(self, name: str) -> Tensor:
         file, inner = self._place[name]
         return file.tensor(inner)
+
+    def pieces(self, name: str, runs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        file, inner = self._place[name]
+        whole = list(runs) == [(0, self.specs[name].numel)]
+        if isinstance(file, RemoteSafetensors) and file.streamed and not whole:
+            with ThreadPoolExecutor(_AT_A_TIME) as pool:
+                return list(pool.map(lambda run: file.read_run(inner, *run), runs))
+        return super().pieces(name, runs)
 
     def place(self, name: str) -> tuple[WeightFile, str]:
         """Return the file that a tensor lies in, and its name there."""

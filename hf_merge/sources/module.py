@@ -34,7 +34,7 @@ class ModuleSource(Source):
             raise SourceError(f"{label} carries an adapter: call merge_and_unload() first and pass the result.")
         self._live = _compat.on_disk_layout(module, tensors)
         self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, (_, t) in self._live.items()}
-        self.config = _config_of(module)
+        self.config = config_of(module)
 
     def __getitem__(self, name: str) -> Tensor:
         live_name, tensor = self._live[name]
@@ -61,8 +61,8 @@ class ModuleSource(Source):
             generation.save_pretrained(folder)
 
 
-def _config_of(module: nn.Module) -> dict[str, Any]:
-    """What save_pretrained would write into config.json."""
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """Return what save_pretrained would write into config.json; nothing for a module of another library."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_json_string"):
         return {}

@@ -148,9 +148,11 @@ class RemoteFile:
         return content
 
     def _kept(self) -> Path | None:
-        """Say where the header is kept; nowhere if there is no such place."""
+        """Say where the header is kept, in the cache that was asked for; nowhere if there is no such place."""
+        cache = self.hub.get("cache_dir")
+        place = Path(cache) / "assets" if cache else None
         try:
-            folder = cached_assets_path("hf_merge", namespace="headers", subfolder=self.repo)
+            folder = cached_assets_path("hf_merge", namespace="headers", subfolder=self.repo, assets_dir=place)
         except OSError:
             return None
         return folder / self.commit / f"{self.name.replace('/', '--')}.header"
@@ -198,6 +200,12 @@ class RemoteSafetensors:
         """Read one tensor by range."""
         place = self.places[name]
         return place.view(self.read_bytes(place.begin, place.end))
+
+    def read_run(self, name: str, begin: int, end: int) -> Tensor:
+        """Read the elements of a tensor from `begin` to before `end`, in row-major order."""
+        place, size = self.places[name], self.places[name].spec.dtype.itemsize
+        values = self.read_bytes(place.begin + begin * size, place.begin + end * size)
+        return values.view(place.spec.dtype)
 
     def read_bytes(self, begin: int, end: int) -> Tensor:
         """Read bytes, counted from the end of the header."""

@@ -14,6 +14,7 @@ from hf_merge.schedule import layer_of
 from hf_merge.sources.base import Source
 from hf_merge.sources.changes import finite
 from hf_merge.sources.lora import FIX, PREFIX, plain_name
+from hf_merge.sources.masks import EXPERT, refuse_masks
 
 PROMPTS = {"CARTRIDGE", "CPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 NOT_WEIGHTS = {
@@ -40,6 +41,7 @@ UNMERGED = {
 _ALONE = {
     "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
     "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SUPERTUNING", "WAVEFT",
+    EXPERT,
 }  # fmt: skip
 """Types whose layers share nothing: the others may have no values at all. Any other type wants a device for them."""
 _BY_VALUES = {"ADAMSS"}
@@ -66,6 +68,7 @@ def refuse(config: Mapping[str, Any], label: str) -> None:
         for field, why in UNMERGED.items():
             if config.get(field):
                 raise SourceError(f"'{label}' uses {field}, and cannot be merged: {why}.")
+    refuse_masks(config, label)
 
 
 def is_peft_s(config: Mapping[str, Any]) -> bool:
@@ -96,6 +99,7 @@ class Tuned:
         model = self._built({})
         self.targets, expected = _compat.peft_targets(model), _compat.peft_tensors(model)
         self._tables = _compat.Conversion(model.unload())
+        self._refuse_other_shapes()
         self.whole = self._checked(expected)
         self.live = self._tables.live(base.specs)
         saved: dict[str, list[str]] = {}
@@ -104,6 +108,16 @@ class Tuned:
         self._saved = {m: [n for live in self._parameters(m) for n in saved.get(live, ())] for m in self.targets}
         self.reads = {name: tuple(names) for names in self._saved.values() for name in names}
         self._groups = {name: group for group in self._grouped() for name in group}
+
+    def _refuse_other_shapes(self) -> None:
+        """Refuse a task expert with a head of its own size: the names, shapes and config of a sum are the base's."""
+        entries = self.config["parameters"] if self.config.get("peft_type") == EXPERT else {}
+        for name, entry in entries.items():
+            if tuple(entry["shape"]) != tuple(self._tables.shapes[name].shape):
+                raise SourceError(
+                    f"'{name}' of '{self.adapter.label}' has the shape {entry['shape']}, and the base's tensor "
+                    f"{list(self._tables.shapes[name].shape)}, so that they do not add up to one model: {FIX}."
+                )
 
     def _parameters(self, module: str) -> list[str]:
         """Name the parameters of a module of the base, in memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,14 @@ class View(Source):
         if name not in self.specs:
             raise KeyError(name)
         return self.source[name]
+
+    def pieces(self, name: str, runs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        made = self._made.get(name)
+        if made is None and name in self.specs:
+            return self.source.pieces(name, runs)
+        if made is not None and made.mapped and made.reads and not made.borrowed:  # the same values, renamed
+            return self.source.pieces(made.reads[0], runs)
+        return super().pieces(name, runs)
 
     def bytes_read(self, name: str) -> int:
         made = self._made.get(name)

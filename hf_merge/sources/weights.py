@@ -158,12 +158,15 @@ def places_in(header: Mapping[str, Any], label: str) -> dict[str, Place]:
     """
     told = [(name, place) for name, place in header.items() if name != "__metadata__"]
     told.sort(key=lambda item: item[1]["data_offsets"])
-    return {name: Place(*_ends(place), _spec(name, place, label)) for name, place in told}
-
-
-def _ends(place: Mapping[str, Any]) -> tuple[int, int]:
-    begin, end = place["data_offsets"]
-    return begin, end
+    kinds: dict[tuple[str, tuple[int, ...]], TensorSpec] = {}  # a model has many tensors of few kinds
+    found: dict[str, Place] = {}
+    for name, place in told:
+        kind = place["dtype"], tuple(place["shape"])
+        if kind not in kinds:
+            kinds[kind] = _spec(name, place, label)
+        begin, end = place["data_offsets"]
+        found[name] = Place(begin, end, kinds[kind])
+    return found
 
 
 def _spec(name: str, place: Mapping[str, Any], label: str) -> TensorSpec:
