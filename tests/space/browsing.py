@@ -38,7 +38,7 @@ HEADER = re.compile(
     r"(Source\+Sans\+Pro:ital,wght@[\d,;]+|IBM\+Plex\+Mono:wght@400;600;700)&display=swap)\b|^Space not found "
 )
 
-# Gradio's page says both, in this order, when a visitor leaves it while an answer is on its way.
+# Gradio's page says both when a visitor leaves it while answers are on their way: one, then the other for each answer.
 LEFT, LOST = "AbortError: signal is aborted without reason", "Unexpected error Connection errored out."
 
 
@@ -65,14 +65,14 @@ class Visit:
     Attributes:
         requests: the addresses of all requests.
         errors: what the page reported.
-        left: how often the visitor has left with an answer on its way, and the page has not yet said what it lost.
+        left: whether the visitor left, and all that the page has said since is what it lost.
     """
 
     context: BrowserContext
     page: Page
     requests: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    left: int = 0
+    left: bool = False
 
     def __post_init__(self) -> None:
         self.context.on("request", self._requested)
@@ -83,14 +83,10 @@ class Visit:
         self.requests.append(request.url)
 
     def _said(self, message: ConsoleMessage) -> None:
+        self.left = message.text.startswith(LEFT) or (self.left and message.text.startswith(LOST))
         place = message.location.get("url", "")
-        if message.type != "error" or HEADER.match(place) or HEADER.match(message.text + " "):
-            return
-        if message.text.startswith(LEFT):
-            self.left += 1
-        elif message.text.startswith(LOST) and self.left:
-            self.left -= 1
-        else:
+        is_asked_elsewhere = HEADER.match(place) or HEADER.match(message.text + " ")
+        if message.type == "error" and not self.left and not is_asked_elsewhere:
             self.errors.append(f"{message.text} ({place}:{message.location.get('lineNumber', '')})")
 
     @property

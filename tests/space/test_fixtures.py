@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tests.space.browsing import LOST
 from tests.space.serving import ROOT, app_of
 
 pytestmark = pytest.mark.e2e
@@ -47,6 +48,27 @@ def test_what_goes_wrong_in_the_page_is_noticed(stand_in, hub, visitors):
     assert "left this machine: http://example.org/x" in visitors.complaints
     visitors.visits[0].requests.clear()
     visitors.excuse("broken|ERR_NAME_NOT_RESOLVED")
+
+
+def test_who_leaves_with_answers_on_their_way_complains_of_nothing(stand_in, hub, visitors):
+    from playwright.sync_api import expect
+
+    page = visitors()
+    page.goto(stand_in.url)
+    expect(page.get_by_label("Who")).to_have_value("nobody")
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    for number in range(3):
+        with page.expect_response("**/queue/join*"):
+            page.get_by_role("button", name=f"Wait {number}").click()
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(page.get_by_label("Who")).to_have_value("nobody")
+    assert sum(text.startswith(LOST) for text in said) == 3
+    assert visitors.complaints == []
+    page.evaluate("text => console.error(text)", LOST)
+    assert [LOST in complaint for complaint in visitors.complaints] == [True]
+    visitors.excuse(LOST)
 
 
 def test_a_page_that_some_cannot_read_is_noticed(page, axe):
