@@ -41,9 +41,26 @@ def place() -> Place:
     """Find out where the page runs."""
     local = security.allowed_local()
     folder = Path(os.environ.get(FOLDER) or Path(tempfile.gettempdir()) / "hf_merge_space").expanduser()
-    most = os.environ.get(DISK)
-    jobs = Jobs(folder / "jobs", max_disk=run.in_bytes(most) if most else None)
-    return Place(folder, jobs, local=local, oauth=bool(os.environ.get("OAUTH_CLIENT_ID")))
+    return Place(
+        folder, Jobs(folder / "jobs", max_disk=most_disk()), local=local, oauth=bool(os.environ.get("OAUTH_CLIENT_ID"))
+    )
+
+
+def most_disk() -> int | None:
+    """Return how many bytes jobs may take of the disk; None if nobody said.
+
+    Raises:
+        hf_merge.MergeError: what was said is no size.
+    """
+    said = os.environ.get(DISK)
+    if not said:
+        return None
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        return convert_file_size_to_int(said)
+    except ValueError:
+        raise hf_merge.MergeError(f"{DISK} should be a size such as 20GB; found {said!r}.") from None
 
 
 def build_demo(where: Place | None = None) -> gr.Blocks:

@@ -50,6 +50,18 @@ UNSHOWN = {
     "lines": "a scale by depth (lines)",
     "stages": "merges that build on one another (stages)",
 }
+FLAGS = {
+    "base_model": "--base",
+    "tokenizer_source": "--tokenizer-source",
+    "chat_template": "--chat-template",
+    "keys": "--keys",
+    "missing": "--missing",
+    "output_format": "--output-format",
+    "rank": "--rank",
+    "dtype": "--dtype",
+    "seed": "--seed",
+}
+"""What keywords say of a recipe beside method, models and parameters, and the command by these options."""
 LINK_LIMIT = 8000
 """Characters of a link that browsers and servers take without complaint."""
 
@@ -220,18 +232,7 @@ def as_command(recipe: Mapping[str, Any], *, job: str | None = None, repo_id: st
     goal = f"--push-to-hub {shlex.quote(repo_id)} --job {job}" if job else "merged"
     if not _is_plain(recipe):
         return f"hf-merge merge recipe.yaml {goal}"
-    flags = {
-        "base_model": "--base",
-        "dtype": "--dtype",
-        "seed": "--seed",
-        "tokenizer_source": "--tokenizer-source",
-        "chat_template": "--chat-template",
-        "keys": "--keys",
-        "missing": "--missing",
-        "output_format": "--output-format",
-        "rank": "--rank",
-    }
-    fields = [f"{flags[key]} {shlex.quote(str(value))}" for key, value in _fields(recipe).items()]
+    fields = [f"{FLAGS[key]} {shlex.quote(str(value))}" for key, value in _fields(recipe).items()]
     settings = [f"-p {shlex.quote(f'{key}={_flagged(value)}')}" for key, value in _flat(recipe).items()]
     listed = " ".join(shlex.quote(name) for name in names(recipe))
     return " ".join(["hf-merge merge --method", recipe["merge_method"], *fields, *settings, listed, goal])
@@ -323,23 +324,10 @@ def _tidy(entry: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
     return rest["model"] if rest.keys() == {"model"} else rest
 
 
-_FIELDS = (
-    "base_model",
-    "tokenizer_source",
-    "chat_template",
-    "keys",
-    "missing",
-    "output_format",
-    "rank",
-    "dtype",
-    "seed",
-)
-
-
 def _is_plain(recipe: Mapping[str, Any]) -> bool:
     """Whether keywords can say all of it: models by their names, each parameter a value or one for each model."""
     said = {key for key, value in recipe.items() if value not in (None, [], {}, ())}
-    if said - {"merge_method", "models", "parameters", *_FIELDS} or not recipe.get("models"):
+    if said - {"merge_method", "models", "parameters", *FLAGS} or not recipe.get("models"):
         return False
     if any(isinstance(one["model"], Mapping) or one.keys() - {"model", "parameters"} for one in entries(recipe)):
         return False
@@ -353,7 +341,7 @@ def _is_plain(recipe: Mapping[str, Any]) -> bool:
 def _fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: name_of(recipe[key]) if key == "base_model" else recipe[key]
-        for key in _FIELDS
+        for key in FLAGS
         if recipe.get(key) is not None
     }
 

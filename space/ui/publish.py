@@ -11,9 +11,9 @@ import gradio as gr
 import security
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from jobs import Job, JobRefused
+from jobs import Job
 from ui.page import HIDDEN, Page
-from ui.run import BESIDE
+from ui.run import BESIDE, NO_ACCOUNT, begun
 
 import hf_merge
 
@@ -178,11 +178,11 @@ def wire(page: Page, parts: dict[str, Any], poll: Any) -> None:
         oauth: gr.OAuthToken | None,
         request: gr.Request,
     ) -> tuple[Any, Any, Any]:
-        try:
+        def start() -> Job:
             security.guard(request)
             token, name = page.place.token(oauth), security.repo_id(repo, local=False)
             if token is False:
-                raise ValueError("Sign in first: a push needs your account.")
+                raise ValueError(NO_ACCOUNT)
             finished = page.place.jobs.get(owner, run.get("shown") or "")
             if finished is None or "folder" not in (finished.result or {}):
                 raise ValueError("This merge is not here any more: merge again.")
@@ -190,10 +190,9 @@ def wire(page: Page, parts: dict[str, Any], poll: Any) -> None:
                 raise ValueError(
                     f"'{name}' is taken, and nothing on the Hub is replaced from here: choose another name."
                 )
-            job = push_job(page, owner, finished, name, token=token, private=private, recipe_only=what == RECIPE)
-        except (ValueError, hf_merge.MergeError, JobRefused) as error:
-            return run, gr.Markdown(security.escape_markdown(security.redact(str(error))), visible=True), gr.skip()
-        return {**run, "job": job.id}, gr.Markdown("", visible=False), gr.Timer(active=True)
+            return push_job(page, owner, finished, name, token=token, private=private, recipe_only=what == RECIPE)
+
+        return begun(run, start)
 
     parts["repo"].blur(look, parts["repo"], parts["free"], **HIDDEN)
     inputs = [parts["repo"], parts["what"], parts["private"], page.owner, page.run]

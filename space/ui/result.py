@@ -24,6 +24,7 @@ CROWDED = 16
 """Layers that an axis can name one by one."""
 IMAGES = ("image-classification",)
 COMPARED = ("feature-extraction", "sentence-similarity")
+CHANGE = "% of the base's weights"
 ROOM = 1.3
 """Memory that a model takes while it is loaded and answers, over its size."""
 
@@ -39,30 +40,8 @@ def build(page: Page) -> dict[str, Any]:
             told = gr.Markdown("", elem_id="result-told")
             similarity = heatmap(elem_id="similarity")
             with gr.Row():
-                change = gr.LinePlot(
-                    x="layer",
-                    y="change",
-                    color="model",
-                    title="Change by layer",
-                    x_title="layer",
-                    y_title="% of the base's weights",
-                    height=280,
-                    min_width=320,
-                    elem_id="change",
-                    buttons=["fullscreen"],
-                )
-                norms = gr.LinePlot(
-                    x="layer",
-                    y="norm",
-                    color="name",
-                    title="Norms by layer",
-                    x_title="layer",
-                    y_title="norm",
-                    height=280,
-                    min_width=320,
-                    elem_id="norms",
-                    buttons=["fullscreen"],
-                )
+                change = _line_plot("change", "Change by layer", y="change", y_title=CHANGE, color="model")
+                norms = _line_plot("norms", "Norms by layer", y="norm", y_title="norm", color="name")
             readings = gr.Markdown("", elem_id="readings")
             conflicts = heatmap(elem_id="conflicts")
             gr.Markdown("### Try it")
@@ -86,6 +65,14 @@ def build(page: Page) -> dict[str, Any]:
     }
     _wire(page, go, parts)
     return parts
+
+
+def _line_plot(elem_id: str, title: str, **columns: Any) -> gr.LinePlot:
+    """Return a plot by layer, a line for each model."""
+    size = {"height": 280, "min_width": 320}
+    return gr.LinePlot(
+        x="layer", x_title="layer", title=title, elem_id=elem_id, buttons=["fullscreen"], **size, **columns
+    )
 
 
 def shown(job: Job | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from ui.recipe import read_recipe
 
 import hf_merge
 
-SHARDS = "2GB"
-"""Of what is merged here: small enough that two of them fit beside all else while they go to the Hub."""
+SHARDS = 2 * 10**9
+"""Bytes of a shard of what is merged here: two of them fit beside all else while they go to the Hub."""
 BESIDE = 1 << 28
 """Bytes of disk that a job may need beside weights: tokenizers, cards, pictures."""
 LENGTH = 2000
@@ -30,6 +31,7 @@ SAMPLE = 1 << 16
 """Entries of each tensor that the pictures are made of."""
 JOB_HARDWARE = "cpu-upgrade"
 RUNNING = ("queued", "running")
+NO_ACCOUNT = "Sign in first: a push needs your account."
 ONWARD = "[See what came out](#result) · [Publish it](#publish)"
 
 
@@ -89,7 +91,7 @@ def estimate(report: dict[str, Any]) -> dict[str, int]:
 def disk(costs: dict[str, int], *, direct: bool) -> int:
     """Return the bytes of disk that a merge takes here."""
     if direct:
-        return min(costs["write"], 2 * in_bytes(SHARDS)) + BESIDE
+        return min(costs["write"], 2 * SHARDS) + BESIDE
     return costs["download"] + costs["write"] + BESIDE
 
 
@@ -177,27 +179,18 @@ def wire(page: Page, parts: dict[str, Any], poll: Any) -> None:
         oauth: gr.OAuthToken | None,
         request: gr.Request,
     ) -> tuple[Any, Any, Any]:
-        try:
+        def start() -> Job:
             security.guard(request)
             recipe = read_recipe(form.to_yaml(state["recipe"]), local=page.place.local)
             if direct and not repo.strip():
                 raise ValueError("Name the new repository: you/merged.")
             repo_id = security.repo_id(repo, local=False) if direct else None
-            if repo_id and page.place.token(oauth) is False:
-                raise ValueError("Sign in first: a push needs your account.")
-            job = merge_job(
-                page,
-                owner,
-                recipe,
-                estimate(report),
-                page.place.token(oauth),
-                repo_id,
-                layers=report.get("layers") or 0,
-            )
-        except (ValueError, hf_merge.MergeError, JobRefused) as error:
-            told = gr.Markdown(security.escape_markdown(security.redact(str(error))), visible=True)
-            return run, told, gr.skip()
-        return {**run, "job": job.id}, gr.Markdown("", visible=False), gr.Timer(active=True)
+            token, costs = page.place.token(oauth), estimate(report)
+            if repo_id and token is False:
+                raise ValueError(NO_ACCOUNT)
+            return merge_job(page, owner, recipe, costs, token, repo_id, layers=report.get("layers") or 0)
+
+        return begun(run, start)
 
     def stop(owner: str, run: dict[str, Any], request: gr.Request) -> None:
         security.guard(request)
@@ -207,6 +200,15 @@ def wire(page: Page, parts: dict[str, Any], poll: Any) -> None:
     outputs = [page.run, parts["run_problem"], parts["timer"]]
     parts["start"].click(begin, inputs, outputs, trigger_mode="once", **HIDDEN).then(**poll)
     parts["cancel"].click(stop, [page.owner, page.run], None, **HIDDEN).then(**poll)
+
+
+def begun(run: dict[str, Any], start: Callable[[], Job]) -> tuple[dict[str, Any], Any, Any]:
+    """Start a job; return what is watched then, why there is no job if it was refused, and the clock."""
+    try:
+        job = start()
+    except (ValueError, hf_merge.MergeError, JobRefused) as error:
+        return run, gr.Markdown(security.escape_markdown(security.redact(str(error))), visible=True), gr.skip()
+    return {**run, "job": job.id}, gr.Markdown("", visible=False), gr.Timer(active=True)
 
 
 def merge_job(
@@ -278,9 +280,3 @@ def _analysed(job: Job, recipe: dict[str, Any], merged: hf_merge.MergedModel, re
 def new_owner(owner: str) -> str:
     """Return the secret of a browser, a new one for one that has none."""
     return owner if isinstance(owner, str) and len(owner) >= 32 else secrets.token_urlsafe(32)
-
-
-def in_bytes(size: str) -> int:
-    """Return the bytes of a size such as `500MB` or `2GB`."""
-    units = {"MB": 10**6, "GB": 10**9}
-    return int(float(size[:-2]) * units[size[-2:]])

@@ -11,9 +11,9 @@ from tests.hub.conftest import clean_environment, error_line
 FORBIDDEN = "import sys; sys.modules['gradio'] = None; from hf_merge.cli import main; main()"
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, *map(str, words)]
-    return subprocess.run(call, capture_output=True, text=True, timeout=120, env=clean_environment(), check=False)
+def run(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    call, environment = [sys.executable, *map(str, words)], {**clean_environment(), **more}
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
 def test_without_gradio_it_says_what_to_install():
@@ -28,6 +28,12 @@ def test_a_port_that_is_taken_is_told_before_anything_starts():
         done = run("-m", "hf_merge.cli", "space", "--port", port)
     assert done.returncode == 1 and f"127.0.0.1:{port} cannot be listened at" in error_line(done.stderr)
     assert "--port" in done.stderr
+
+
+def test_a_size_that_is_none_is_told(tmp_path):
+    done = run("-m", "hf_merge.cli", "space", "--folder", tmp_path / "jobs", HF_MERGE_SPACE_DISK="plenty")
+    assert done.returncode == 1
+    assert error_line(done.stderr) == "Error: HF_MERGE_SPACE_DISK should be a size such as 20GB; found 'plenty'."
 
 
 @pytest.mark.e2e
