@@ -21,6 +21,8 @@ PARTS = {"attention": "in attention", "mlp": "in MLPs", "rest": "elsewhere"}
 """The parts of a layer that a setting may tell apart, and how a sentence names them."""
 
 _STEPS = 100
+_ONCE = re.compile(r"(?<![\w.-])1 times(?P<what> (?=the ))?")
+"""Adding `1 times the` change is adding it; what is counted 1 times is counted once."""
 _SENTENCE_END = re.compile(r"(?<=\.) ")
 _SMALLEST_ON_SLIDER = 0.01
 _NICE = (1.0, 2.0, 3.0, 5.0, 10.0)
@@ -260,6 +262,7 @@ def _filled(
         text = method.in_words.format_map({**shown, **names})
     except (ValueError, KeyError, IndexError, TypeError):  # a value that the sentence has no words for
         return _plainly(method, settings, models)
+    text = _ONCE.sub(lambda found: "" if found["what"] else "once", text)
     return text[:1].upper() + text[1:]
 
 

@@ -13,7 +13,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 SPACE = "tests/space/"
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -107,6 +116,18 @@ def save_llamas(root: Path, fine_tunes: Sequence[str], **config) -> dict[str, Pa
         make_tokenizer().save_pretrained(folders[name])
         (folders[name] / "README.md").write_text(f"the card of {name}")
     return folders
+
+
+def save_vit(folder: Path, seed: int = 0) -> tuple[ViTForImageClassification, ViTImageProcessor]:
+    """Save a tiny classifier of pictures, `cat` or `dog`, with what makes its inputs; return both."""
+    torch.manual_seed(seed)
+    size = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**size, **layers, num_labels=2, id2label={0: "cat", 1: "dog"})
+    model, processor = ViTForImageClassification(config).eval(), ViTImageProcessor(size={"height": 8, "width": 8})
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return model, processor
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_tells_switches_and_choices_apart(name):
 def test_ties_in_words():
     said = in_words("ties", {"density": 0.3, "lambda": 0.8, "consensus": "sum"}, ["maths", "code"], "start")
     assert said == (
-        "Keeps the 30% largest changes of each model, and counts them 1 times. Lets the heavier side decide each sign, "
+        "Keeps the 30% largest changes of each model, and counts them once. Lets the heavier side decide each sign, "
         "adds up what agrees, and adds 0.8 times the result to start."
     )
 
@@ -76,7 +76,15 @@ def test_ties_in_words():
 def test_models_with_numbers_of_their_own_have_sentences_of_their_own():
     said = in_words("ties", {"density": [0.3, 0.5], "lambda": 0.8}, ["maths", "code"], "start")
     assert said == (
-        "Keeps the 30% largest changes of maths, and counts them 1 times. "
-        "Keeps the 50% largest changes of code, and counts them 1 times. "
+        "Keeps the 30% largest changes of maths, and counts them once. "
+        "Keeps the 50% largest changes of code, and counts them once. "
         "Lets the heavier side decide each sign, averages what agrees, and adds 0.8 times the result to start."
+    )
+
+
+def test_what_is_counted_1_times_is_counted_once_and_1_times_a_thing_is_the_thing():
+    said = in_words("task_arithmetic", {"weight": [1, 2.1], "lambda": 1.0}, ["maths", "code"], "start")
+    assert said == (
+        "Counts the change of maths once. Counts the change of code 2.1 times. "
+        "Adds up these changes, and adds the result to start."
     )

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from PIL import Image
 
-from tests.conftest import save_llamas
+from tests.conftest import save_llamas, save_vit
 from tests.space import steps
 
 pytest.importorskip("playwright", reason="playwright is not installed")
@@ -63,6 +64,30 @@ def test_the_worked_example_is_merged_and_tried_without_account_and_network(loca
     expect(answers.get_by_role("heading")).to_have_text(["merged", "sort", "flip"])
     assert "ilptu" in answers.first.inner_text()
     assert answers.nth(0).bounding_box()["y"] == answers.nth(1).bounding_box()["y"], "they are not side by side"
+
+
+def test_a_merge_of_classifiers_is_tried_on_a_picture(local_app, page, tmp_path):
+    for seed, name in enumerate("ab"):
+        save_vit(tmp_path / name, seed)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (20, 10), (200, 30, 90)).save(picture)
+    steps.open_page(page, local_app.url)
+    steps.write(page, steps.recipe_of([tmp_path / "a", tmp_path / "b"]))
+    expect(steps.listed(page)).to_contain_text(["a", "b"])
+    steps.says(page, "These models fit")
+    steps.merge(page)
+    expect(page.get_by_role("textbox", name="Text")).to_be_hidden()
+    go = page.get_by_role("button", name="Try", exact=True)
+    go.click()
+    expect(page.get_by_text("Give the models something to answer to.")).to_be_visible()
+    page.locator("#try-image input[type=file]").set_input_files(picture)
+    expect(page.locator("#try-image").get_by_role("button", name="Remove")).to_be_visible()
+    go.click()
+    answers = page.get_by_role("article")
+    expect(answers.get_by_role("heading")).to_have_text(["merged", "a", "b"])
+    for one in answers.all():
+        expect(one.get_by_role("listitem")).to_have_count(2)
+        expect(one).to_contain_text(re.compile(r"(cat|dog)\s*\d+\.\d %"))
 
 
 def test_models_come_by_search_by_id_and_by_address(app, hub, page, models):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_merge
 from hf_merge.trial import trying
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, save_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -113,12 +113,7 @@ def test_a_mask_is_filled(tmp_path):
 def test_pictures_are_classified(tmp_path):
     from PIL import Image
 
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=2, id2label={0: "cat", 1: "dog"}, **SMALL)
-    model = transformers.ViTForImageClassification(config).eval()
-    model.save_pretrained(tmp_path / "m")
-    processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
-    processor.save_pretrained(tmp_path / "m")
+    model, processor = save_vit(tmp_path / "m")
     picture = Image.new("RGB", (20, 10), (200, 30, 90))
     picture.save(tmp_path / "p.png")
     (trial,) = hf_merge.try_out({"m": tmp_path / "m"}, [tmp_path / "p.png", picture])
