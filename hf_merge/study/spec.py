@@ -117,6 +117,8 @@ class MethodEntry(Part):
 
 LAMBDAS = tuple(step / 20 for step in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20))
 WIDE = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5)
+OF_A_MEAN = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+"""For a method that averages the changes: what is best grows with the number of tasks."""
 
 
 def _methods() -> tuple[MethodEntry, ...]:
@@ -126,7 +128,7 @@ def _methods() -> tuple[MethodEntry, ...]:
         {"method": "ties", "parameters": {"density": 0.2}, "grid": {"lambda": WIDE}},
         {"method": "dare_linear", "parameters": {"density": 0.1}, "grid": {"lambda": LAMBDAS}},
         {"method": "pcb", "grid": {"lambda": WIDE}},
-        {"method": "fr", "grid": {"lambda": WIDE}},
+        {"method": "fr", "grid": {"lambda": OF_A_MEAN}},
         {"method": "tsv_m", "grid": {"lambda": WIDE}},
         {"method": "iso_c", "grid": {"lambda": WIDE}},
         {"method": "wudi", "grid": {"lambda": WIDE}},
