@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import json
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -275,6 +276,78 @@ def classes_of_tasks() -> dict[str, set[str]]:
     tables = re.findall(r"^MODEL_FOR_(\w+)_MAPPING_NAMES = OrderedDict\((.*?)^\)", text, re.MULTILINE | re.DOTALL)
     return {word: set(re.findall(r'"(\w+)"', table)) for word, table in tables}
 
+
+def declared_ties(kinds: Iterable[str], architecture: str) -> frozenset[str] | None:
+    """Return the names in all `_tied_weights_keys` of the files that define a class and its parts.
+
+    They are read, not imported: that takes longer than adding an adapter to a small model does.
+
+    Args:
+        kinds: `model_type` of a config and of the configs in it.
+        architecture: the class.
+
+    Returns:
+        Names and patterns, or None if the files do not say: they are not there, or make the names when they run.
+    """
+    package = find_spec("transformers")
+    assert package is not None and package.origin is not None
+    models = Path(package.origin).parent / "models"
+    todo, seen, names, is_there = [_package_of(kind, models) for kind in kinds], set(), set(), False
+    while todo:
+        seen.add(name := todo.pop())
+        found = _ties_in(models / name / f"modeling_{name}.py", architecture)
+        if found is None:
+            return None
+        names |= found.names
+        is_there |= found.is_there
+        todo += [other for other in found.others if other not in seen]
+    return frozenset(names) if is_there else None
+
+
+def _package_of(kind: str, models: Path) -> str:
+    """Return the package of a `model_type`, which may be that of a part: `gemma3_text` is in `gemma3`."""
+    words = re.split(r"\W|_", kind)
+    for count in range(len(words), 0, -1):
+        name = "_".join(words[:count])
+        file = models / name / f"configuration_{name}.py"
+        if file.is_file():
+            return name if f'"{kind}"' in file.read_text(encoding="utf-8") else ""
+    return ""
+
+
+class _Ties(NamedTuple):
+    """What a file says of ties: the names, whether it defines the class that is asked for, and which others it uses."""
+
+    names: set[str]
+    is_there: bool
+    others: set[str]
+
+
+def _ties_in(file: Path, architecture: str) -> _Ties | None:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    names: set[str] = set()
+    for statement in ast.walk(ast.parse(text)):
+        if not isinstance(statement, ast.stmt) or hasattr(statement, "body"):
+            if getattr(statement, "name", "") == _TIES:
+                return None
+            continue
+        parts = list(ast.walk(statement))
+        if not any(_TIES in (getattr(part, "id", ""), getattr(part, "attr", "")) for part in parts):
+            continue
+        inside = [item for part in parts if isinstance(part, ast.Dict) for item in (*part.keys, *part.values)]
+        if any(isinstance(part, ast.JoinedStr) for part in parts) or not all(
+            isinstance(item, ast.Constant) for item in inside
+        ):
+            return None
+        names |= {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+    others = set(re.findall(r"^from \.\.(\w+)\.modeling_\w+ import", text, re.MULTILINE))
+    return _Ties(names, re.search(rf"^class {re.escape(architecture)}\b", text, re.MULTILINE) is not None, others)
+
+
+_TIES = "_tied_weights_keys"
 
 _TASKS = {
     "text-generation": ["CAUSAL_LM"],

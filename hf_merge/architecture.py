@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,6 +62,32 @@ def _skeleton(config: str) -> Skeleton | None:
         live=live,
         vocabulary=tuple(name for inside in embeddings for name in saved_as.get(inside, ())),
     )
+
+
+def may_be_tied(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Tell whether the class of a config may tie one of these tensors to another; False only where that is certain.
+
+    It is for tensors of numbered layers with other words in their paths than those that the class declares to tie.
+
+    Args:
+        config: the content of config.json.
+        names: tensors of a checkpoint.
+    """
+    kinds = dict.fromkeys(_kinds(config))
+    tied = _compat.declared_ties(kinds, next(iter(config.get("architectures") or ()), "")) if kinds else None
+    if tied is None or config.get("auto_map"):
+        return True
+    words = {word for name in tied for word in re.findall(r"[A-Za-z_]\w*", name)[-2:]} - {"weight", "bias"}
+    return any(words & (parts := set(name.split("."))) or not any(map(str.isdigit, parts)) for name in names)
+
+
+def _kinds(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the `model_type` of a config and of all configs in it."""
+    if "model_type" in config:
+        yield str(config["model_type"])
+    for part in config.values():
+        if isinstance(part, Mapping):
+            yield from _kinds(part)
 
 
 _TOKEN_TABLES = {

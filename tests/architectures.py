@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import hf_merge
 from hf_merge import get_method
-from hf_merge.architecture import skeleton
+from hf_merge.architecture import may_be_tied, skeleton
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -273,10 +273,12 @@ check that it is current.
 
 
 def check_skeleton(saved: Saved) -> None:
-    """Require that what config.json says of a class is what `save_pretrained` writes."""
-    found, wanted = skeleton(json.loads((saved.folders["a"] / "config.json").read_text())), saved.weights("a")
+    """Require that config.json says of a class what `save_pretrained` writes, and that its ties are foreseen."""
+    config = json.loads((saved.folders["a"] / "config.json").read_text())
+    found, wanted = skeleton(config), saved.weights("a")
     assert found is not None and sorted(found.order) == sorted(wanted)
     assert {name: spec.shape for name, spec in found.specs.items()} == {n: tuple(t.shape) for n, t in wanted.items()}
+    assert not [name for pair in found.tied.items() for name in pair if not may_be_tied(config, [name])]
 
 
 def check_other_layout(saved: Saved, root: Path) -> None:

@@ -13,16 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPACE = "tests/space/"
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -118,8 +109,16 @@ def save_llamas(root: Path, fine_tunes: Sequence[str], **config) -> dict[str, Pa
     return folders
 
 
-def save_vit(folder: Path, seed: int = 0) -> tuple[ViTForImageClassification, ViTImageProcessor]:
+def imported_by(code: str, modules: set[str]) -> str:
+    """Run code in a fresh process, and return which of these modules it has imported, as a list is printed."""
+    code = f"{code}; import sys; print(sorted({modules} & set(sys.modules)))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def save_vit(folder: Path, seed: int = 0):
     """Save a tiny classifier of pictures, `cat` or `dog`, with what makes its inputs; return both."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
     torch.manual_seed(seed)
     size = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -13,6 +13,7 @@ from hf_merge.errors import OutputError, SourceError
 from hf_merge.sources import open_source
 from hf_merge.sources.lora import HARMLESS_FIELDS, READ_FIELDS, check_config
 from hf_merge.types import ModelRef
+from tests.conftest import imported_by
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -90,6 +91,15 @@ def test_base_with_adapter_is_what_peft_merges(case, tmp_path):
         assert (source[name] - merged[name]).abs().max() < 1e-6, name
         changed += not torch.equal(source[name], base[name])
     assert changed >= (1 if case == "conv2d" else 2)
+
+
+def test_an_adapter_of_layers_needs_no_class_of_transformers(tmp_path):
+    expected = adapted(make("llama"), tmp_path, target_modules=["q_proj", "down_proj"])
+    reference, out = f"{tmp_path / 'base'}+{tmp_path / 'adapter'}", tmp_path / "out"
+    code = f"import hf_merge; hf_merge.merge([{reference!r}], {str(out)!r}, method='passthrough')"
+    assert imported_by(code, {"transformers", "peft"}) == "[]"
+    merged = load_file(out / "model.safetensors")
+    assert all((merged[name] - values).abs().max() < 1e-6 for name, values in expected.items())
 
 
 def test_adapter_in_a_pytorch_file_and_with_embeddings_saved_beside(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import imported_by
+
 
 def run(*words, **environment):
     call = [sys.executable, "-W", "error", "-m", "hf_merge.cli", *map(str, words)]
@@ -149,8 +151,3 @@ def test_merging_folders_imports_no_model_code(llamas, tmp_path, tokenizer):
     assert imported_by(code, heavy) == "[]"
     assert (tmp_path / "out" / "tokenizer.json").exists() == tokenizer
     assert "pipeline_tag: text-generation" in (tmp_path / "out" / "README.md").read_text()
-
-
-def imported_by(code, modules):
-    code = f"{code}; import sys; print(sorted({modules} & set(sys.modules)))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

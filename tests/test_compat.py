@@ -34,6 +34,24 @@ def test_tied_weights_are_still_listed():
     assert "model.embed_tokens.weight" in layout and "lm_head.weight" not in layout
 
 
+@pytest.mark.parametrize(
+    ("kinds", "architecture", "tied"),
+    [
+        (["llama"], "LlamaForCausalLM", {"lm_head.weight", "model.embed_tokens.weight"}),
+        (["vit"], "ViTForImageClassification", set()),
+        (["gemma3", "gemma3_text", "siglip_vision_model"], "Gemma3ForConditionalGeneration", {"lm_head.weight"}),
+        (["llama"], "MistralForCausalLM", None),  # is not in that file
+        (["no_such_thing"], "LlamaForCausalLM", None),
+        (["llama_of_another_kind"], "LlamaForCausalLM", None),  # begins like one that is there
+        (["bark"], "BarkFineModel", None),  # makes names when it runs
+        (["../llama"], "LlamaForCausalLM", None),
+    ],
+)
+def test_declared_ties_are_still_read_from_the_files_of_a_class(kinds, architecture, tied):
+    found = _compat.declared_ties(kinds, architecture)
+    assert found == tied if tied is None or not tied else found is not None and tied <= found
+
+
 def test_plain_module_keeps_its_names():
     module = torch.nn.Linear(2, 2)
     assert {name: live for name, (live, _) in _compat.on_disk_layout(module).items()} == {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_merge import _compat
-from hf_merge.architecture import skeleton
+from hf_merge.architecture import may_be_tied, skeleton
 from hf_merge.errors import SourceError
 from hf_merge.sources.base import Source
 from hf_merge.sources.changes import Add, AddVector, Change, Give, Put, PutRows, Rescale, Step, changed
@@ -206,7 +206,10 @@ class _Fitting:
         self._trained_on = trained_on
         self._found: dict[str, list[Step]] = {}
         self._rows = token_rows(lora)
-        self._tied = _tied(base)
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        return _tied(self.base)
 
     def steps(self, beside: Sequence[str] = ()) -> _Steps:
         """Return the steps by the base's names; a tied head that the base lacks has its own name.
@@ -248,9 +251,7 @@ class _Fitting:
         return f": it was trained on '{self._trained_on}'; name that, or a fine-tune of it" if self._trained_on else ""
 
     def _spec(self, place: Place) -> TensorSpec:
-        return self.base.specs[self._tied.get(place.name, place.name)] if place.name not in self.base.specs else (
-            self.base.specs[place.name]
-        )  # fmt: skip
+        return self.base.specs.get(place.name) or self.base.specs[self._tied[place.name]]
 
     def _put(self, name: str, key: str) -> None:
         for place in self._find(name, key):
@@ -346,8 +347,15 @@ def _fits(shape: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...])
     return {turned for turned in (False, True) if shape == (product[::-1] if turned else product)}
 
 
-def _tied(base: Source) -> dict[str, str]:
-    """Return the names that a base's class ties to others, which it has."""
+def _tied(base: Source, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the names that a base's class ties to others, which it has.
+
+    Args:
+        base: the model.
+        names: those of its tensors that matter; if the class ties none of them, it need not be built.
+    """
+    if names is not None and not (base.config and may_be_tied(base.config, names)):
+        return dict(base.shared)
     built = skeleton(base.config) if base.config else None
     found = {} if built is None else dict(built.tied)
     for alias, origin in list(found.items()):
@@ -362,7 +370,7 @@ def _untied(base: Source, found: list[_Steps]) -> tuple[dict[str, str], list[str
     Where they do, the steps of the one are those of the other. Returns all tied names with the tensor whose values
     they have in the base, those that the base's files lack and that are shown all the same, and all that are apart.
     """
-    tied = _tied(base)
+    tied = _tied(base, [name for steps in found for name in steps])
     biases = {alias for alias, origin in tied.items() if len(base.specs[origin].shape) == 1}
     for alias in biases:  # of these PEFT puts a value into the one tensor that both names mean
         for steps in (steps for steps in found if alias in steps and tied[alias] not in steps):

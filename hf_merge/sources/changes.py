@@ -18,7 +18,7 @@ from hf_merge.sources.base import Source
 from hf_merge.sources.lora import Factored
 from hf_merge.sources.places import Box, Place
 
-_PIECE = 1 << 20  # elements that are computed at a time
+_PIECE = 1 << 18  # elements that are computed at a time
 
 Rows = Callable[[Tensor, int, int], Tensor]
 """Takes some rows of one expert, which expert it is and the first row's number; gives the rows as they become."""
