@@ -306,7 +306,7 @@ def declared_ties(kinds: Iterable[str], architecture: str) -> frozenset[str] | N
 
 def _package_of(kind: str, models: Path) -> str:
     """Return the package of a `model_type`, which may be that of a part: `gemma3_text` is in `gemma3`."""
-    words = re.split(r"\W|_", kind)
+    words = re.split(r"\W|_", kind[:99])  # which is anybody's text
     for count in range(len(words), 0, -1):
         name = "_".join(words[:count])
         file = models / name / f"configuration_{name}.py"

@@ -45,6 +45,7 @@ def test_tied_weights_are_still_listed():
         (["llama_of_another_kind"], "LlamaForCausalLM", None),  # begins like one that is there
         (["bark"], "BarkFineModel", None),  # makes names when it runs
         (["../llama"], "LlamaForCausalLM", None),
+        (["llama" + 9999 * "x"], "LlamaForCausalLM", None),
     ],
 )
 def test_declared_ties_are_still_read_from_the_files_of_a_class(kinds, architecture, tied):
