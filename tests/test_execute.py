@@ -1,5 +1,6 @@
 """The engine: the same bytes whatever the order, threads and shards; bounded memory; nothing non-finite passes."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -237,8 +238,8 @@ print((peak[0] - before) // 1024)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Folders with a base and one model each, of 3 and of 9 tensors of 16 MB."""
-    folders = {count: tmp_path_factory.mktemp(f"large{count}") for count in (3, 9)}
+    """Folders with a base and one model each, of 2 and of 6 tensors of 16 MB."""
+    folders = {count: tmp_path_factory.mktemp(f"large{count}") for count in (2, 6)}
     for seed, name in enumerate(("base", "a")):
         values = torch.randn(1 << 23, generator=torch.Generator().manual_seed(seed)).bfloat16()
         for count, folder in folders.items():
@@ -248,11 +249,15 @@ def large(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp", "globally", "pcb"])
 def test_peak_memory_depends_neither_on_the_tensor_nor_on_the_model(method, large, tmp_path):
-    def peak(tensors: int, threads: int) -> int:
-        words = [str(large[tensors]), str(tmp_path / f"{tensors}-{threads}"), method, str(threads)]
-        return int(subprocess.run([sys.executable, "-c", PEAK, *words], check=True, capture_output=True).stdout)
+    # the allocator gives back at once what is freed: what it keeps for the next one is left to chance
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
 
-    few, many, by_two = peak(3, 1), peak(9, 1), peak(9, 2)  # how far two threads overlap is left to chance
-    assert many < 48, f"{many} MB for tensors of 16 MB"  # stacks in float32 would take 64 MB and more
-    assert many < few + 16, f"{few} and {many} MB: memory grows with the model"
-    assert by_two < 2 * 48, f"{by_two} MB: more than two threads take alone"
+    def peak(tensors: int, threads: int) -> int:
+        call = [sys.executable, "-c", PEAK, str(large[tensors]), str(tmp_path / f"{tensors}-{threads}"), method]
+        done = subprocess.run([*call, str(threads)], check=True, capture_output=True, env=environment)
+        return int(done.stdout)
+
+    few, many, by_two = peak(2, 1), peak(6, 1), peak(6, 2)
+    assert many < 24, f"{many} MB for tensors of 16 MB"
+    assert many < few + 12, f"{few} and {many} MB: memory grows with the model"
+    assert by_two < 36, f"{by_two} MB: more than two threads take alone"
