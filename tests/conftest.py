@@ -39,6 +39,12 @@ def restored_threads():
     assert torch.get_num_threads() == before
 
 
+@pytest.fixture
+def freed_at_once(monkeypatch):
+    """Let processes give memory back when it is free: what their allocator would keep of it is left to chance."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+
+
 def small_config(**changes) -> LlamaConfig:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     ids = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}

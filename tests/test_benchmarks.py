@@ -310,7 +310,7 @@ def test_the_benchmark_of_a_device_says_where_there_is_none_and_runs_anywhere(ca
     assert text in capsys.readouterr().out
 
 
-def test_each_further_model_takes_the_memory_of_its_matrices_in_flight_alone(tmp_path, scratch):
+def test_each_further_model_takes_the_memory_of_its_matrices_in_flight_alone(tmp_path, scratch, freed_at_once):
     paths = checkpoints(tmp_path / "vit", vit_shapes(256, 4), 10, vit_config(256, 4))
     options = Options(tmp_path, Sizes(llama=(64, 1), many=(2, 10)), runs=1)
     found, _ = many.measure_many("tsv_m", paths, options, scratch, loop=False)

@@ -1,6 +1,5 @@
 """The engine: the same bytes whatever the order, threads and shards; bounded memory; nothing non-finite passes."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -248,14 +247,10 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp", "globally", "pcb"])
-def test_peak_memory_depends_neither_on_the_tensor_nor_on_the_model(method, large, tmp_path):
-    # the allocator gives back at once what is freed: what it keeps for the next one is left to chance
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-
+def test_peak_memory_depends_neither_on_the_tensor_nor_on_the_model(method, large, freed_at_once, tmp_path):
     def peak(tensors: int, threads: int) -> int:
-        call = [sys.executable, "-c", PEAK, str(large[tensors]), str(tmp_path / f"{tensors}-{threads}"), method]
-        done = subprocess.run([*call, str(threads)], check=True, capture_output=True, env=environment)
-        return int(done.stdout)
+        words = [str(large[tensors]), str(tmp_path / f"{tensors}-{threads}"), method, str(threads)]
+        return int(subprocess.run([sys.executable, "-c", PEAK, *words], check=True, capture_output=True).stdout)
 
     few, many, by_two = peak(2, 1), peak(6, 1), peak(6, 2)
     assert many < 24, f"{many} MB for tensors of 16 MB"
