@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import textwrap
 import uuid
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.hub import forked
 from tests.hub.server import UNKNOWN, Hub, Switches
 from tests.hub.store import LARGE, Blob, Repo, Token
 
@@ -82,10 +82,8 @@ class Account:
     def run(
         self, *words: Any, token: str | None = None, xet: bool | None = None, **more: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python ...` as a process of a user with this token."""
-        call = [sys.executable, "-W", "error::UserWarning", *map(str, words)]
-        environment = self.environment(token, xet=xet, **more)
-        return subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        """Run `python ...` as a process of a user with this token; a UserWarning is an error."""
+        return forked.run([*map(str, words)], self.environment(token, xet=xet, **more), timeout=300)
 
     def cli(
         self, *words: Any, token: str | None = None, xet: bool | None = None, **more: str
